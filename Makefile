@@ -1,0 +1,40 @@
+# Everything runs in .venv, which is made from the locked packages at the first target that needs it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup rehearse test lint serve lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED) ## make .venv with the locked packages
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(INSTALLED)
+
+rehearse: $(INSTALLED) ## rehearse the whole migration on a made installation (LEGACY=DIR: on a copy of yours)
+	$(BIN)/rollout rehearse $(if $(LEGACY),--legacy $(LEGACY))
+
+test: $(INSTALLED) ## run every test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy, strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: $(INSTALLED) ## the backend on an embedded PostgreSQL, with a demonstration user
+	$(BIN)/python -m src.demo
+
+lock: ## write requirements.lock anew from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra faiss --extra local --extra dev --python-version 3.11 \
+	    --generate-hashes --no-header --no-emit-index-url --output-file requirements.lock
+
+clean: ## remove .venv and what tools left
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
