@@ -1,0 +1,114 @@
+"""`rollout rehearse --legacy DIR` on a small installation, whole: what on-call runs before anything is installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.installation import Fate, Installation
+from tests.support import small
+from tests.support.commands import Ended, commands_ready
+from tests.support.unchanged import files
+
+pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("rehearsal")]
+
+STAGES = [
+    "off", "dualwrite", "shadow", "live 1", "live 10", "live 0", "live 1 (2)", "live 10 (2)", "live 50", "live 100",
+    "rampdown", "complete", "rampdown (2)", "complete (2)",
+]  # fmt: skip
+QUERIES = 100
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    installation: Installation
+    work: Path
+    ended: Ended
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.ended.json
+
+
+@pytest.fixture(scope="module")
+def rehearsed(postgres: Any, tmp_path_factory: pytest.TempPathFactory) -> Rehearsed:
+    """One rehearsal for all tests: it is the longest thing there is."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    installation = small.made_installation(postgres, folder / "old")
+    before = everything(folder / "old")
+    with commands_ready(folder) as rollout:
+        ended = rollout(
+            folder, {}, "rehearse", "--legacy", "old", "--work", "work", "--queries", str(QUERIES), "--json"
+        )  # fmt: skip
+    return Rehearsed(installation, folder / "work", ended, before, everything(folder / "old"))
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Each path below the folder with its content and when it was changed."""
+    times = {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    return {"times": times, "files": files(folder)}
+
+
+def test_it_passes(rehearsed: Rehearsed) -> None:
+    assert rehearsed.ended.code == 0, rehearsed.ended
+    assert (rehearsed.result["verdict"], rehearsed.result["failures"]) == ("pass", [])
+
+
+def test_the_given_folder_is_as_it_was_to_the_byte_and_the_nanosecond(rehearsed: Rehearsed) -> None:
+    assert rehearsed.after == rehearsed.before
+
+
+def test_it_goes_through_every_stage_and_twice_back(rehearsed: Rehearsed) -> None:
+    stages = rehearsed.result["stages"]
+    assert [stage["name"] for stage in stages] == STAGES
+    assert [stage["transition"] for stage in stages] == list(range(1, len(STAGES) + 1))
+    for stage in stages[1:]:
+        assert stage["gate"]["verdict"] == "pass", stage["name"]
+
+
+def test_every_user_asks_in_every_stage_and_no_answer_is_wrong(rehearsed: Rehearsed) -> None:
+    answers = rehearsed.result["answers"]
+    assert answers["total"] >= QUERIES
+    assert (answers["failed"], answers["foreign"], answers["deleted"]) == (0, 0, 0)
+    assert answers["known_share"] >= 0.95
+    assert answers["around_changes"] > 0
+    users = len(rehearsed.installation.users)
+    assert [stage["users"] for stage in rehearsed.result["stages"]] == [users] * len(STAGES)
+
+
+def test_every_legacy_chunk_is_migrated_quarantined_or_deleted_and_the_quarantine_is_as_planned(
+    rehearsed: Rehearsed,
+) -> None:
+    chunks = rehearsed.result["chunks"]
+    held = rehearsed.installation.quarantined[Fate.SEVERAL_USERS]
+    assert chunks["legacy"] == len(rehearsed.installation.uploaded_by)
+    assert (chunks["quarantined"], chunks["quarantined_by_reason"]) == (len(held), {"several_users": len(held)})
+    assert chunks["migrated"] + chunks["deleted"] == len(rehearsed.installation.expected)
+    assert chunks["migrated"] > 0 < chunks["deleted"]
+
+
+def test_uploads_are_found_and_the_saved_directory_lacks_nothing_before_complete(rehearsed: Rehearsed) -> None:
+    assert rehearsed.result["uploads"] == {"made": 20, "missing": []}
+    assert rehearsed.result["deletes"] == 5
+    for stage in rehearsed.result["stages"]:
+        if stage["name"].startswith("complete"):
+            assert stage["saved"] is None
+        else:
+            assert stage["saved"]["missing"] == 0 < stage["saved"]["wanted"]
+
+
+def test_what_the_rehearsal_profile_lets_pass_says_so(rehearsed: Rehearsed) -> None:
+    assert rehearsed.result["profile"] == "rehearsal"
+    (model,) = [each for each in rehearsed.result["stages"][1]["gate"]["criteria"] if each["name"] == "model"]
+    assert model["verdict"] == "overridden"
+
+
+def test_progress_is_told_beside_the_result_and_nothing_is_left_running(rehearsed: Rehearsed) -> None:
+    for stage in STAGES:
+        assert f"stage {stage}\n" in rehearsed.ended.err
+    assert not (rehearsed.work / "postgres" / "pgdata" / "postmaster.pid").exists()
