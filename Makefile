@@ -22,7 +22,7 @@ rehearse: $(INSTALLED) ## rehearse the whole migration on a made installation (L
 	$(BIN)/rollout rehearse $(if $(LEGACY),--legacy $(LEGACY))
 
 test: $(INSTALLED) ## run every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy, strict
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from tests.support.commands import Commands, Ended, commands_ready
 from tests.support.small import Small
 from tests.support.unchanged import contents, files
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("commands")]
+pytestmark = pytest.mark.migration
 
 MISSING = 5
 

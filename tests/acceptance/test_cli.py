@@ -19,7 +19,7 @@ from tests.support.routers import router_on, set_stage
 from tests.support.small import Small
 from tests.support.unchanged import contents, files
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("commands")]
+pytestmark = pytest.mark.migration
 
 COMMANDS = (
     "status", "check", "advance", "rollback", "import-sql", "assign-owners", "backfill", "settle", "verify", "diffs",

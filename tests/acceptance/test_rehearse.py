@@ -13,7 +13,7 @@ from tests.support import small
 from tests.support.commands import Ended, commands_ready
 from tests.support.unchanged import files
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("rehearsal")]
+pytestmark = pytest.mark.migration
 
 STAGES = [
     "off", "dualwrite", "shadow", "live 1", "live 10", "live 0", "live 1 (2)", "live 10 (2)", "live 50", "live 100",

@@ -26,7 +26,6 @@ from tests.support.browser import CHROMIUM, Clock, Seen, keep_screenshot, opened
 
 pytestmark = [
     pytest.mark.migration,
-    pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
 ]
 

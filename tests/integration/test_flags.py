@@ -113,7 +113,7 @@ def test_a_deletion_owed_to_a_store_that_the_stage_does_not_write_hides_nothing_
 
 def test_a_poll_sees_a_step_and_what_was_owed_at_that_moment_together(database: Any, pool: Pool) -> None:
     """A stage with the deletions of another moment would serve a deleted document."""
-    flags, last = Flags(pool), 60
+    flags, last, rest, was_seen = Flags(pool), 60, 10, threading.Semaphore(0)
 
     def go_on() -> None:
         with database.connect() as connection:
@@ -123,15 +123,19 @@ def test_a_poll_sees_a_step_and_what_was_owed_at_that_moment_together(database: 
                 set_stage(connection, Stage.DUALWRITE)
                 connection.execute(ENTRY, (number, Store.PGVECTOR, 1, "absent"))
                 connection.commit()
+                if number % rest == 0 and number < last:
+                    was_seen.acquire(timeout=60)
 
     thread = threading.Thread(target=go_on)
     thread.start()
     seen = set()
     while (view := flags.poll()).transition_id < last:
-        seen.add(view.transition_id)
         assert view.hidden == set(range(3, view.transition_id + 1))
+        if view.transition_id % rest == 0 and view.transition_id not in seen:
+            was_seen.release()
+        seen.add(view.transition_id)
     thread.join()
-    assert len(seen) > 1, "the poll met the steps under way"
+    assert seen >= set(range(rest, last, rest)), "the poll met the steps under way"
 
 
 # -- what this process did itself

@@ -30,7 +30,6 @@ def _may_mount() -> bool:
 
 pytestmark = [
     pytest.mark.migration,
-    pytest.mark.xdist_group("faults"),
     pytest.mark.skipif(not _may_mount(), reason="only root may mount a small disk"),
 ]
 

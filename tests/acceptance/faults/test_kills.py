@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -21,13 +22,14 @@ from tests.acceptance.faults.tally import Tally
 from tests.acceptance.faults.victim import Accident
 from tests.acceptance.faults.victims import Ended
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("faults"), pytest.mark.timeout(0 if FULL else 280)]
+pytestmark = [pytest.mark.migration, pytest.mark.timeout(0 if FULL else 280)]
 
 STAGES = (Stage.OFF, Stage.DUALWRITE, Stage.LIVE, Stage.COMPLETE)
 AT_RANDOM = 60 if FULL else 12
 BACKFILL = ["backfill.batch", "backfill.lock", "backfill.copy", "backfill.done", "kept.forget"]
-LEAST = 5
-"""So often, at least, each point of each operation is killed at."""
+LEAST, LEAST_WITHIN = 5, 200
+"""So often, at least, each point is killed at; so many kills, at least, fall between the first point and the answer."""
+DONE: list[Tally] = []
 
 Attempt = Callable[[Accident | None, float | None], Ended]
 Choose = Callable[[list[Accident]], list[Accident]]
@@ -108,6 +110,7 @@ def test_no_kill_in_an_upload_loses_or_halves_one(staged: Site, kind: str, recor
     killed_at_random(attempt, seconds, tally)
     in_both_stores(staged)
     tally.record(record_property)
+    DONE.append(tally)
 
 
 def test_no_kill_in_a_deletion_brings_a_document_back_or_leaves_a_half(staged: Site, record_property: Record) -> None:
@@ -122,6 +125,7 @@ def test_no_kill_in_a_deletion_brings_a_document_back_or_leaves_a_half(staged: S
     killed_at_random(attempt, seconds, tally)
     in_both_stores(staged)
     tally.record(record_property)
+    DONE.append(tally)
 
 
 def test_no_kill_of_a_backfill_halves_a_document(site: Site, record_property: Record) -> None:
@@ -147,6 +151,16 @@ def test_no_kill_of_a_backfill_halves_a_document(site: Site, record_property: Re
         in_both_stores(site)
         site.go_to(Stage.OFF)
     tally.record(record_property)
+    DONE.append(tally)
+
+
+def test_every_point_was_killed_at_often_enough() -> None:
+    """Over the tests above, which ran in this process."""
+    if len(DONE) < 3 * len(STAGES) + 1:
+        pytest.skip("only a part of this module ran")
+    places = sum((tally.places for tally in DONE), Counter[str]())
+    assert {place: count for place, count in places.items() if count < LEAST} == {}
+    assert sum(tally.within for tally in DONE) >= LEAST_WITHIN
 
 
 def owe(site: Site, router: Router) -> None:

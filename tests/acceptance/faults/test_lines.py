@@ -18,7 +18,7 @@ from tests.acceptance.faults.tally import Tally
 from tests.acceptance.faults.victims import Ended
 from tests.support.proxy import BadLine, bad_line
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.migration
 
 Record = Callable[[str, object], None]
 # A start takes some 20,000 bytes, an upload some 30,000 more.

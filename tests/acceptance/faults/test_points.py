@@ -19,7 +19,7 @@ from src.tools.rag_tools.migration.stages import Stage
 from tests.acceptance.faults.site import HalfRouter, Site
 from tests.acceptance.faults.test_kills import owe
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.migration
 
 CHANGES = ("os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -17,7 +17,7 @@ from tests.acceptance.faults.victim import Accident
 from tests.acceptance.faults.victims import Victims
 from tests.support.database import Database
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.migration
 
 IN_A_WRITE = ["upload.intent", "journal.commit", "pgvector.present", "ledger.mark", "upload.ready"]
 IN_A_BACKFILL = ["backfill.lock", "backfill.copy", "backfill.batch"]

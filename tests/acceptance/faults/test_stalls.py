@@ -12,7 +12,7 @@ from tests.acceptance.faults.tally import Tally
 from tests.acceptance.faults.victim import Accident
 from tests.acceptance.faults.victims import Ended
 
-pytestmark = [pytest.mark.migration, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.migration
 
 WAYS = [
     (Stage.OFF, Stage.DUALWRITE, Stage.SHADOW),
