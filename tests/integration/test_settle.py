@@ -307,6 +307,40 @@ def test_an_upload_that_another_process_finished_is_no_failure(world: World, mon
     assert document_id in world.found(world.first)
 
 
+@pytest.mark.parametrize("stage", [Stage.DUALWRITE, Stage.RAMPDOWN])
+@pytest.mark.parametrize("point", ["kept.link", "journal.add", "pgvector.present", "ledger.mark"])
+def test_a_writer_that_wakes_after_its_document_was_given_up_gets_an_error_and_leaves_nothing(
+    world: World, stage: Stage, point: str
+) -> None:
+    """It slept before that operation, while another process found the file unreadable."""
+    world.stage(stage)
+    document_id = world.receive()
+
+    def give_up() -> None:
+        assert world.second._give_up(world.second.load(document_id), "nobody can read this")
+
+    with at(point, give_up), pytest.raises(DocumentGoneError):
+        world.first.index(document_id, answered=True)
+    world.settle()
+    world.assert_absent(document_id)
+    assert world.documents()[document_id] == "failed"
+    assert world.files() == {"1.md"}
+
+
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("point", ["kept.link", "pgvector.present"])
+def test_nor_is_it_where_the_other_process_tidied_up_what_this_one_still_needed(
+    world: World, point: str, answered: bool
+) -> None:
+    world.stage(Stage.RAMPDOWN)
+    document_id = world.receive()
+    with at(point, lambda: world.second.settler.run(at_once=True)):
+        world.first.index(document_id, answered=answered)
+    world.settle()
+    world.assert_whole(document_id)
+    assert world.files() == {"1.md"}
+
+
 # -- failures
 
 

@@ -174,9 +174,7 @@ class Documents:
         except (DocumentUnreadableError, EmbeddingRefusedError) as error:
             return self._abandon(document, error)
         except (EmbeddingError, StoreError) as error:
-            if answered:
-                raise
-            return self._abandon(document, error)
+            return self._leave(document, error) if answered else self._abandon(document, error)
         try:
             self._store(document, chunks, answered=answered)
         except DocumentGoneError:
@@ -339,6 +337,14 @@ class Documents:
         if self._give_up(document, str(error)):
             raise error
         self._settled(document, changed=False)
+
+    def _leave(self, document: Document, error: Exception) -> None:
+        """Raise `error`, which settling mends, unless another process has brought the document to an end."""
+        now = self.load(document.id)
+        if now.status in ("deleted", "failed"):
+            raise gone(now) from error
+        if now.status != "ready":
+            raise error
 
     def _give_up(self, document: Document, reason: str) -> bool:
         """Fail a document that nobody was told is received, or that cannot be read; False where it is too late."""
