@@ -466,6 +466,41 @@ def test_nothing_new_makes_no_new_generation(opened: Open, directory: Path, lega
     assert opened().save().number == second.number + 1
 
 
+def test_a_day_of_uploads_and_deletions_grows_neither_memory_nor_disk(opened: Open, directory: Path) -> None:
+    """Every hour ten documents come and the ten of the hour before go; two processes take turns, and save."""
+    stores = [opened(), opened()]
+    for hour in range(24):
+        store = stores[hour % 2]
+        for number in range(10):
+            store.upsert(ANN, 100 + 10 * hour + number, made_chunks(100 + 10 * hour + number))
+            if hour:
+                store.delete(ANN, 90 + 10 * hour + number)
+        for each in stores:
+            each.save()
+            assert each.count(ANN) == 20
+            assert len(each._memory) <= 40
+    sizes = {path.name: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    # What is there is 40 vectors; SQLite begins its log anew at 1,000 pages of 8 kB.
+    assert sizes.pop(f"{JOURNAL_FILE}-wal") < 10_000_000
+    assert sum(sizes.values()) < 1_000_000
+    assert everything(opened()) == everything(stores[0]) == everything(stores[1])
+
+
+def test_a_reader_that_began_before_memory_was_made_anew_ends_on_what_it_began_with(opened: Open) -> None:
+    store = opened()
+    for number in range(1, 5):
+        store.upsert(ANN, number, made_chunks(number, 1))
+    reading = store.inventory(ANN)
+    first = next(reading)
+    gone = [number for number in range(1, 5) if number != first.document_id]
+    for number in gone:
+        store.delete(ANN, number)
+    store.save()
+    assert len(store._memory) == 1
+    assert {row.document_id for row in reading} <= set(gone)
+    assert [row.document_id for row in store.inventory(ANN)] == [first.document_id]
+
+
 def test_processes_save_in_turn_and_lose_nothing_of_each_other(opened: Open, directory: Path, legacy: Any) -> None:
     one, other = opened(), opened()
     one.upsert(ANN, 7, made_chunks(7))

@@ -53,8 +53,11 @@ HIGHEST = "SELECT max(document_id) FROM entries"
 RECORDED = "SELECT op, user_id FROM entries WHERE document_id = ?"
 APPEND = "INSERT INTO entries (op, document_id, user_id, at) VALUES (?, ?, ?, ?)"
 KEEP = "INSERT INTO chunks (document_id, ordinal, chunk_id, content, metadata, vector) VALUES (?, ?, ?, ?, ?, ?)"
-# The keys stay: a saved index may still hold these chunks, and is to be rid of them.
-ERASE = "UPDATE chunks SET content = NULL, metadata = NULL, vector = NULL WHERE document_id = ?"
+# The keys stay: a saved index may still hold these chunks, and is to be rid of them. They are written anew: a row made
+# smaller where it is would keep its page, and the file would grow with what was deleted.
+KEYS = "SELECT document_id, ordinal, chunk_id FROM chunks WHERE document_id = ?"
+ERASE = "DELETE FROM chunks WHERE document_id = ?"
+KEEP_KEY = "INSERT INTO chunks (document_id, ordinal, chunk_id) VALUES (?, ?, ?)"
 AFTER = """
 SELECT e.seq, e.op, e.document_id, e.user_id, c.chunk_id, c.ordinal
 FROM (SELECT * FROM entries WHERE seq > ? ORDER BY seq LIMIT ?) AS e
@@ -186,7 +189,9 @@ class Journal:
         with self._writing("journal.delete") as connection:
             if Op.DELETE not in self._recorded(connection, user_id, document_id):
                 self._append(connection, Op.DELETE, user_id, document_id)
+                keys = connection.execute(KEYS, (document_id,)).fetchall()
                 connection.execute(ERASE, (document_id,))
+                connection.executemany(KEEP_KEY, keys)
 
     def set_host(self, host: Host) -> None:
         """Give the directory over to `host`: after a move of its disk, once no other host uses it."""

@@ -71,6 +71,10 @@ class Memory:
                 " UUID in another spelling; remove the doubled ones with LangChain"
             )
 
+    def __len__(self) -> int:
+        """Chunks held, those of deleted documents included."""
+        return len(self._owner)
+
     # -- changes
 
     def add(self, owners: Mapping[uuid.UUID, Owner], payload: Sequence[Chunk]) -> None:

@@ -140,9 +140,10 @@ class FaissStore:
         """The user's chunks as they are now, in order of chunk id."""
         self.tail()
         with self._lock:
-            own = sorted(self._memory.own(user_id).tolist(), key=self._memory.chunk_id)
+            memory = self._memory
+            own = sorted(memory.own(user_id).tolist(), key=memory.chunk_id)
         for some in _slices(own, SLICE):
-            for chunk in self._chunks(user_id, some):
+            for chunk in self._chunks(memory, user_id, some):
                 yield InventoryRow(chunk.id, chunk.document_id, chunk.content_sha256, vector_hash(chunk.vector))
 
     # -- what the other store, owner assignment and verify ask
@@ -193,8 +194,7 @@ class FaissStore:
         """The chunks that the old release wrote, by position, for deciding whose they are."""
         self.tail()
         with self._lock:
-            positions = list(self._memory.legacy())
-        chunks = self._memory.chunks
+            positions, chunks = list(self._memory.legacy()), self._memory.chunks
         for position in positions:
             metadata = chunks.metadatas[position]
             source = metadata.get("source")
@@ -239,28 +239,33 @@ class FaissStore:
         """Take over what the journal has and memory has not; the position reached."""
         if self.journal.position() > self._seen:
             with self._lock:
-                while entries := self.journal.entries_after(self._seen, TAIL_BATCH):
-                    for entry in entries:
-                        self._apply(entry)
+                self._seen = self._follow(self._memory, self._seen)
         return self._seen
 
-    def _apply(self, entry: Entry) -> None:
+    def _follow(self, memory: Memory, seen: int) -> int:
+        """Apply what the journal has after `seen`; the position reached. Applying an entry again changes nothing."""
+        while entries := self.journal.entries_after(seen, TAIL_BATCH):
+            for entry in entries:
+                self._apply(memory, entry)
+            seen = entries[-1].seq
+        return seen
+
+    def _apply(self, memory: Memory, entry: Entry) -> None:
         match entry.op:
             case Op.ADD:
-                lacking = self._memory.lacks([chunk_id for chunk_id, _ in entry.keys])
+                lacking = memory.lacks([chunk_id for chunk_id, _ in entry.keys])
                 payload = self.journal.document(entry.document_id) if lacking else []
-                self._memory.add(
+                memory.add(
                     {chunk_id: Owner(entry.user_id, entry.document_id, ordinal) for chunk_id, ordinal in entry.keys},
                     payload,
                 )
             case Op.DELETE:
-                self._memory.delete(entry.document_id)
-        self._seen = entry.seq
+                memory.delete(entry.document_id)
 
-    def _chunks(self, user_id: int, positions: Sequence[int]) -> list[Chunk]:
+    def _chunks(self, memory: Memory, user_id: int, positions: Sequence[int]) -> list[Chunk]:
         """Asked between two slices of an inventory, in which time a chunk may be deleted or assigned."""
         with self._lock:
-            return self._memory.whole(self._memory.still(user_id, positions))
+            return memory.whole(memory.still(user_id, positions))
 
     # -- saving
 
@@ -271,32 +276,47 @@ class FaissStore:
         and what faiss_files.save_generation raises; what was saved before then is as it was.
         """
         with self._lock:
-            position = self.tail()
+            position, memory = self.tail(), self._memory
             self._refuse_unknown_owners()
-            live = self._memory.live()
-            chunks = _picked(self._memory.chunks, live.tolist())
-        same = self._already_saved(position, len(live))
-        if same is not None:
-            return same
-        saved = faiss_files.save_generation(
-            self.directory,
-            Content(self._copied_index(live), chunks),
-            journal_position=position,
-            seen=self._stamp,
-            host=self._host,
-            now=self._now,
-        )
-        self._stamp = stamp(self.directory)
+            live = memory.live()
+            chunks = _picked(memory.chunks, live.tolist())
+        saved = self._already_saved(position, len(live))
+        if saved is None:
+            saved = faiss_files.save_generation(
+                self.directory,
+                Content(self._copied_index(memory, live), chunks),
+                journal_position=position,
+                seen=self._stamp,
+                host=self._host,
+                now=self._now,
+            )
+            self._stamp = stamp(self.directory)
+        if len(memory) > 2 * len(live):
+            self._begin_anew()
         return saved
 
-    def _copied_index(self, positions: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+    def _copied_index(self, memory: Memory, positions: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
         """In slices, so that searches come in between; a position never changes what it holds."""
         index = Content.empty().index
         for start in range(0, len(positions), SLICE):
             with self._lock:
-                rows = self._memory.vectors.at(positions[start : start + SLICE])
+                rows = memory.vectors.at(positions[start : start + SLICE])
             index.add(rows)
         return index
+
+    def _begin_anew(self) -> None:
+        """Read what was saved, as a process that starts: memory holds every deleted chunk until then.
+
+        Who has begun to read from the memory before goes on with it.
+        """
+        saved = faiss_files.open_files(self.directory, host=self._host, now=self._now)
+        memory = Memory(saved.content)
+        seen = self._follow(memory, 0)
+        with self._lock:
+            if self._memory.owners is not None:
+                memory.assign(self._memory.owners)
+            self._seen = self._follow(memory, seen)
+            self._memory, self._stamp = memory, saved.stamp
 
     def _already_saved(self, position: int, chunks: int) -> Generation | None:
         generation = current_generation(self.directory)
