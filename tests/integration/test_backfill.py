@@ -22,6 +22,8 @@ import pytest
 from rollout.backfill import BackfillReport, Progress, backfill
 from rollout.copy_format import COPY, HEADER, TRAILER, blocks
 from rollout.errors import RefusedError
+from rollout.repair import repair
+from rollout.verify import verify
 from src.database import Role
 from src.tools.rag_tools.migration import ledger
 from src.tools.rag_tools.migration.faiss_store import FaissStore
@@ -322,6 +324,27 @@ def test_a_kill_in_the_middle_of_a_copy_loses_nothing_and_leaves_no_half_documen
     report = run(pool, faiss)
     assert report.documents == 6
     assert_copied(pool, faiss, legacy)
+
+
+# -- after it
+
+
+def test_after_deletions_a_repair_and_a_step_back_a_second_backfill_brings_nothing_back(
+    database: Any, pool: Pool, faiss: FaissStore, legacy: LegacyIndex, tmp_path: Path
+) -> None:
+    run(pool, faiss)
+    with router_on(database, tmp_path) as router, database.connect(autocommit=True) as connection:
+        router.delete(ADA, 1)
+        for stage, deleted in ((Stage.OFF, 2), (Stage.DUALWRITE, 4)):
+            set_stage(connection, stage)
+            router.refresh()
+            router.delete(PLAN[deleted - 1][0], deleted)
+        repaired = repair(pool, verify(pool, faiss, progress=lambda _: None), execute=True)
+        router.settler.run(at_once=True)
+    assert (repaired.acts, run(pool, faiss).documents) == ([], 0)
+    assert {document for document, state in states(pool).items() if state == ("absent", "done")} == {1, 2, 4}
+    assert set(stored(pool)) == {document.document_id for document in legacy.documents} - {1, 2, 4}
+    assert all(faiss.document(deleted) == [] for deleted in (1, 2, 4))
 
 
 # -- others at work
