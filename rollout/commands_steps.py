@@ -22,7 +22,7 @@ Override = Annotated[
 def status(as_json: Json = False) -> None:
     """Where the rollout is: stage, fleet, what is owed and why, quarantine, comparisons.
 
-    Reads PostgreSQL only and changes nothing. Look here first, whatever happened.
+    Changes nothing and needs no store but PostgreSQL. Look here first, whatever happened.
     """
     with failures("status", as_json):
         from rollout.control import control
@@ -174,11 +174,24 @@ def _status_text(found: dict[str, Any]) -> list[Any]:
         *([found["hold"]] if found["hold"] else []),
         _fleet_table(found["fleet"]),
         owed_table(found["owed"]),
+        *_undecided_text(found["undecided"]),
     ]
     for name in ("failing", "documents", "legacy", "causes", "transitions"):
         if found[name]:
             text.append(table(name, list(found[name][0]), [list(row.values()) for row in found[name]]))
     return text
+
+
+def _undecided_text(found: int | str) -> list[str]:
+    """`found`: how many chunks have no decision, or why that is not known."""
+    if found == 0:
+        return []
+    if isinstance(found, str):
+        return [f"the FAISS directory could not be read: {found}"]
+    return [
+        f"{found} chunks that the old release wrote are nobody's yet and served to nobody: `rollout assign-owners`"
+        " says whose they would be, and decides with --execute"
+    ]
 
 
 def _fleet_table(rows: list[dict[str, Any]]) -> Any:

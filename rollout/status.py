@@ -1,8 +1,14 @@
-"""Where the rollout is: stage, fleet, what is owed and why, quarantine, the last comparisons."""
+"""Where the rollout is: stage, fleet, what is owed and why, quarantine, the last comparisons.
+
+Reads, and opens no store: whatever is wrong with one, this is where somebody looks first.
+"""
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
 from typing import Any, LiteralString
+from uuid import UUID
 
 from psycopg.rows import dict_row
 
@@ -10,7 +16,13 @@ from rollout.control import Control
 from rollout.hold import current
 from rollout.instances import described
 from rollout.transitions import Target, fleet, next_target, previous_target
+from src.tools.rag_tools.migration.faiss_format import PICKLE_FILE
+from src.tools.rag_tools.migration.faiss_journal import Journal
+from src.tools.rag_tools.migration.faiss_pickle import read_docstore_ids
+from src.tools.rag_tools.migration.faiss_sqlite import JOURNAL_FILE
+from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import ROUTING
+from src.tools.rag_tools.store import StoreError, legacy_chunk_id
 
 LEDGER = """
 SELECT store, wanted, state, count(*) AS entries,
@@ -27,6 +39,7 @@ SELECT id, stage, read_percent, actor, reason, created_at FROM rollout_transitio
 """
 DOCUMENTS = "SELECT status, count(*) AS documents FROM documents GROUP BY status ORDER BY status"
 LEGACY = "SELECT status, reason, count(*) AS chunks FROM legacy_chunks GROUP BY status, reason ORDER BY status, reason"
+DECIDED = "SELECT docstore_id FROM legacy_chunks"
 CAUSES = """
 SELECT cause, count(*) AS comparisons FROM shadow_diffs
 WHERE transition_id = %s GROUP BY cause ORDER BY count(*) DESC
@@ -76,10 +89,31 @@ def status(control: Control) -> dict[str, Any]:
                 "failing": read(FAILING),
                 "documents": read(DOCUMENTS),
                 "legacy": read(LEGACY),
+                "undecided": _undecided({row["docstore_id"] for row in read(DECIDED)}),
                 "causes": read(CAUSES, view.transition_id),
                 "counts": read(COUNTS, view.transition_id),
                 "transitions": read(TRANSITIONS),
             }
+
+
+def _undecided(decided: set[str]) -> int | str:
+    """Chunks in the saved files that the old release wrote and nobody has decided on, or why that is not known."""
+    pickled = migration_settings.FAISS_INDEX_PATH / PICKLE_FILE
+    if not pickled.exists():
+        return 0
+    try:
+        mine = _journalled(migration_settings.FAISS_INDEX_PATH / JOURNAL_FILE)
+        names = [name for name in read_docstore_ids(pickled) if name not in decided]
+    except (StoreError, OSError) as error:
+        return str(error)
+    return sum(legacy_chunk_id(name) not in mine for name in names)
+
+
+def _journalled(path: Path) -> set[UUID]:
+    if not path.exists():
+        return set()
+    with closing(Journal(path)) as journal:
+        return journal.chunk_ids()
 
 
 def _name(target: Target | None) -> str | None:

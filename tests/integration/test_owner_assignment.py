@@ -15,6 +15,7 @@ from psycopg.errors import LockNotAvailable
 
 from alembic import command
 from rollout import owners
+from rollout import status as look
 from rollout.errors import PreconditionError
 from rollout.import_sql import import_sql
 from rollout.installation import PLANS, Fate, Installation, Plan, make_installation
@@ -25,6 +26,7 @@ from src.tools.rag_tools.embeddings import embed_query
 from src.tools.rag_tools.migration import ledger
 from src.tools.rag_tools.migration.router import Router
 from src.tools.rag_tools.migration.stages import Store
+from tests.support.control import control_on
 from tests.support.old_release import OldRelease
 from tests.support.routers import HashEmbeddings, add_users, router_on, write_note
 
@@ -185,6 +187,35 @@ def test_only_what_the_old_release_wrote_since_is_decided(old: OldRelease, datab
     assert {name: after[name] for name in ids} == before
     assert first != second
     assert after[added[0]] == (second, ada, 0, "assigned", "path")
+
+
+def test_the_status_counts_what_the_old_release_wrote_since_until_it_is_decided(
+    old: OldRelease, configured_database: Any, users: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with control_on(tmp_path, monkeypatch) as made:
+        assert look.status(made)["undecided"] == 0
+        old.upload(users[0], "x.pdf", ["one", "two"])
+        assert look.status(made)["undecided"] == 2
+        old.assign()
+        assert look.status(made)["undecided"] == 0
+        with router_on(configured_database, tmp_path) as router:
+            path = write_note(tmp_path, "a.md", "This release wrote it.")
+            router.index(router.receive(users[0], path, path.name))
+            router.stores.faiss.save()
+        assert look.status(made)["undecided"] == 0
+        old.upload(users[0], "y.pdf", ["three"])
+        assert look.status(made)["undecided"] == 1
+
+
+def test_the_status_is_told_although_the_faiss_directory_cannot_be_read(
+    configured_database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faiss_index").mkdir()
+    (tmp_path / "faiss_index" / "index.pkl").write_bytes(b"cut short")
+    with control_on(tmp_path, monkeypatch) as made:
+        found = look.status(made)
+    assert "index.pkl" in found["undecided"]
+    assert (found["stage"], found["owed"]) == ("off", [])
 
 
 def test_an_upload_again_without_a_row_of_its_own_is_quarantined(

@@ -75,6 +75,7 @@ WHERE a.op = 'add'
   AND NOT EXISTS (SELECT 1 FROM entries AS d WHERE d.document_id = a.document_id AND d.op = 'delete')
 GROUP BY a.document_id, a.user_id ORDER BY a.document_id
 """
+CHUNK_IDS = "SELECT chunk_id FROM chunks"
 READ_META = "SELECT value FROM meta WHERE key = ?"
 WRITE_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
 
@@ -228,6 +229,10 @@ class Journal:
     def highest_document(self) -> int:
         """The highest document id ever recorded, 0 for none."""
         return self._read(HIGHEST)[0][0] or 0
+
+    def chunk_ids(self) -> set[uuid.UUID]:
+        """Of every chunk ever added, deleted ones included."""
+        return {uuid.UUID(bytes=row[0]) for row in self._read(CHUNK_IDS)}
 
     def note(self, key: str) -> str | None:
         """What was noted under `key`."""

@@ -138,6 +138,11 @@ def read_pickle(path: Path, total: int) -> PickledChunks:
     return PickledChunks(docstore_ids, contents, [document.metadata for document in found])
 
 
+def read_docstore_ids(path: Path) -> list[str]:
+    """Of every chunk in index.pkl alone. Raises HostilePickleError, DamagedPickleError."""
+    return list(_parts(_load(path), path)[1].values())
+
+
 _RESTORE = "restore index.faiss and index.pkl together from one backup"
 
 
