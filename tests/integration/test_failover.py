@@ -141,24 +141,32 @@ def test_a_lost_transition_halts_the_fleet_until_recovery_goes_past_it(
         assert (view.transition_id, view.stage, router.flags.halted) == (seen + 1, Stage.DUALWRITE, None)
 
 
-def test_documents_that_go_with_their_user_are_deleted_from_both_stores(database: Any, tmp_path: Path) -> None:
-    leaving, staying = add_users(database, 2)
-    with router_on(database, tmp_path) as router:
-        with database.connect(autocommit=True) as connection:
-            set_stage(connection, Stage.DUALWRITE)
+@pytest.mark.parametrize(
+    ("stage", "percent"), [(Stage.OFF, 0), (Stage.DUALWRITE, 0), (Stage.LIVE, 100), (Stage.COMPLETE, 100)]
+)
+def test_documents_that_go_with_their_user_are_deleted_from_both_stores(
+    database: Any, tmp_path: Path, stage: Stage, percent: int
+) -> None:
+    """One user's row is removed and takes the documents with it; another one's documents are deleted first."""
+    removed, leaving, staying = add_users(database, 3)
+    with router_on(database, tmp_path) as router, database.connect(autocommit=True) as connection:
+        set_stage(connection, Stage.DUALWRITE)
         router.refresh()
-        upload(router, leaving, tmp_path, "a.md")
-        upload(router, staying, tmp_path, "b.md")
-        with database.connect(autocommit=True) as connection:
-            connection.execute("DELETE FROM users WHERE id = %s", (leaving,))
+        for user, name in ((removed, "a.md"), (leaving, "b.md"), (staying, "c.md")):
+            upload(router, user, tmp_path, name)
+        set_stage(connection, stage, percent)
         router.refresh()
-        assert router.query(leaving, "text of a.md", 3) == []
-        router.settler.run(at_once=True)
+        connection.execute("DELETE FROM users WHERE id = %s", (removed,))
+        router.delete_all(leaving)
+        router.refresh()
+        assert [router.query(user, "text of a.md", 3) for user in (removed, leaving)] == [[], []]
+        router.settler.run(stores=list(Store), at_once=True)
         for store in Store:
-            assert router.stores.search((store,), leaving, _ask(router), 9, frozenset()) == []
-            assert len(router.stores.search((store,), staying, _ask(router), 9, frozenset())) == 1
-        router.delete_all(staying)
-        assert router.query(staying, "text of b.md", 3) == []
+            held = [
+                len(router.stores.search((store,), user, _ask(router), 9, frozenset()))
+                for user in (removed, leaving, staying)
+            ]
+            assert held == [0, 0, 1]
 
 
 def _ask(router: Router) -> Any:
