@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test lint serve lock clean
+.PHONY: help setup rehearse test seeds lint serve lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ rehearse: $(INSTALLED) ## rehearse the whole migration on a made installation (L
 
 test: $(INSTALLED) ## run every test
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+seeds: $(INSTALLED) ## put known bugs into copies of the code, one by one; the state machine must find each
+	$(BIN)/python -m tests.integration.state_machine.seeds $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy, strict
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
 
 from src.utils.file_lock import Mode, acquire, holding
@@ -74,21 +73,21 @@ def postgres(pytestconfig: pytest.Config) -> EmbeddedServer:
     kernel has. Tests of the server itself start one of their own.
     """
     from src import embedded
+    from tests.support.database import never_wait_for_the_disk
 
     server = embedded.start(pytestconfig.stash[run_folder])
-    with psycopg.connect(server.superuser_conninfo(), autocommit=True) as connection:
-        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
-            connection.execute(f"ALTER SYSTEM SET {setting} = off")
-        connection.execute("SELECT pg_reload_conf()")
+    never_wait_for_the_disk(server)
     return server
 
 
 @pytest.fixture(scope="session")
 def template_database(postgres: EmbeddedServer) -> str:
     """The name of a database at Alembic's head, made once a run. Nobody may connect to it."""
+    from tests.support.database import make_template
+
     with holding(postgres.home / "template.lock"):
         if not _exists(postgres, TEMPLATE):
-            _make_template(postgres)
+            make_template(postgres, TEMPLATE)
     return TEMPLATE
 
 
@@ -119,22 +118,6 @@ def configured_database(database: Database, monkeypatch: pytest.MonkeyPatch) -> 
     yield database
     module.SessionLocal.configure(bind=previous)
     engine.dispose()
-
-
-def _make_template(postgres: EmbeddedServer) -> None:
-    """Under another name until whole, so that a worker that dies here leaves no half template."""
-    from alembic.config import Config
-
-    from alembic import command
-    from src.database import Role, url_of
-
-    unfinished = f"{TEMPLATE}_unfinished"
-    postgres.drop_database(unfinished)
-    postgres.create_database(unfinished)
-    config = Config(ROOT / "alembic.ini")
-    config.attributes["url"] = url_of(postgres.conninfo(Role.OWNER, unfinished))
-    command.upgrade(config, "head")
-    _superuser(postgres, f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")
 
 
 def _exists(postgres: EmbeddedServer, name: str) -> bool:

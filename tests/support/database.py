@@ -1,14 +1,19 @@
-"""A database of one test: what `tests/conftest.py` hands out as the fixture `database`."""
+"""A database of one test, which `tests/conftest.py` hands out as the fixture `database`, and the template for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
+from alembic.config import Config
 
+from alembic import command
 from src.database import Role, url_of
 from src.embedded import EmbeddedServer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +38,23 @@ class Database:
     def connect(self, role: Role = Role.OWNER, **options: Any) -> psycopg.Connection[Any]:
         """A connection as `role`; `with` commits and closes it."""
         return psycopg.connect(self.conninfo(role), **options)
+
+
+def make_template(server: EmbeddedServer, name: str) -> None:
+    """A database at Alembic's head, under another name until whole: who dies here leaves no half template."""
+    unfinished = f"{name}_unfinished"
+    server.drop_database(unfinished)
+    server.create_database(unfinished)
+    config = Config(ROOT / "alembic.ini")
+    config.attributes["url"] = url_of(server.conninfo(Role.OWNER, unfinished))
+    command.upgrade(config, "head")
+    with psycopg.connect(server.superuser_conninfo(), autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {unfinished} RENAME TO {name}")
+
+
+def never_wait_for_the_disk(server: EmbeddedServer) -> None:
+    """For a server of which nothing outlives the machine; a killed process loses nothing that the kernel has."""
+    with psycopg.connect(server.superuser_conninfo(), autocommit=True) as connection:
+        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+            connection.execute(f"ALTER SYSTEM SET {setting} = off")
+        connection.execute("SELECT pg_reload_conf()")

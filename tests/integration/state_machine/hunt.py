@@ -1,7 +1,7 @@
-"""`python -m tests.integration.state_machine.hunt SERVER TEMPLATE SECONDS`: run the machine until something breaks.
+"""`python -m tests.integration.state_machine.hunt SERVER TEMPLATE EXAMPLES`: run the machine until something breaks.
 
 SERVER is the folder of a running embedded server, TEMPLATE a database at Alembic's head there. Prints the property
-that fell first; exit code 0 where none did in the time given, 1 where one did.
+that fell first, and after how many examples; exit code 0 where none did in as many as given, 1 where one did.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ EXAMPLES_AT_ONCE = 20
 
 @contextmanager
 def world_on(database: Any) -> Iterator[World]:
-    """In memory where there is some: nothing here loses power."""
+    """In memory where there is some: what a power cut takes is worked out, not suffered."""
     root = Path(tempfile.mkdtemp(prefix="victus-machine-", dir=MEMORY if MEMORY.is_dir() else None))
     world = World(database, root)
     try:
@@ -74,31 +73,31 @@ def run(world: World, *, seed: int, examples: int, steps: int, shrink: bool = Fa
     )
 
 
-def hunt(database: Any, seconds: float) -> str | None:
-    """The first violation that is found in that time."""
-    end = time.monotonic() + seconds
+def hunt(database: Any, examples: int) -> tuple[int, str | None]:
+    """The first violation that is found in that many examples, and after how many."""
     with no_logs(), world_on(database) as world:
-        while time.monotonic() < end:
+        while world.examples < examples:
             try:
                 run(world, seed=random.randrange(2**32), examples=EXAMPLES_AT_ONCE, steps=30)
             except PropertyViolatedError as error:
-                return str(error)
-    return None
+                return world.examples, str(error)
+        return world.examples, None
 
 
 def main() -> int:
     from src import embedded
     from tests.support.database import Database
 
-    folder, template, seconds = sys.argv[1:]
+    folder, template, examples = sys.argv[1:]
     server = embedded.start(Path(folder))
     database = Database(server, f"hunt_{uuid.uuid4().hex}")
     server.create_database(database.name, template)
     try:
-        found = hunt(database, float(seconds))
+        tried, found = hunt(database, int(examples))
     finally:
         server.drop_database(database.name)
         embedded.leave(Path(folder))
+    print(f"{tried} examples")
     print(found or "nothing was violated")
     return 0 if found is None else 1
 

@@ -6,6 +6,7 @@ of `rollout`. Only time is the test's: a request goes on, a process polls and a 
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
@@ -23,15 +24,25 @@ MOST_DOCUMENTS = 6
 
 STARTS = [(stage, percent) for stage in Stage for percent in ((0, 50, 100) if stage is Stage.LIVE else (0,))]
 PREPARE = ("kept.load", "upload.parse", "kept.write", "kept.link", "kept.sync")
-APPLY = ("pgvector.present", "journal.add", "ledger.mark")
+WRITE = {Store.PGVECTOR: "pgvector.present", Store.FAISS: "journal.add"}
+APPLY = (*WRITE.values(), "ledger.mark")
 UPLOAD = ("upload.intent", "document.load", *PREPARE, *APPLY * 2, "upload.ready", AFTER_READY, "settle.after")
+ERASE = ("journal.delete", "pgvector.absent", "ledger.mark")
 DELETE = (
-    "delete.intent", AFTER_DELETE, *("journal.delete", "pgvector.absent", "ledger.mark") * 2,
+    "delete.intent", AFTER_DELETE, *ERASE * 3,
     "delete.shared", "kept.forget", "delete.file", "delete.path",
 )  # fmt: skip
-SETTLE = ("settle.look", "settle.copy", *PREPARE, *APPLY, *DELETE[2:5], "settle.after", "settle.stage", "settle.ready")
+SETTLE = ("settle.look", "settle.copy", *PREPARE, *APPLY, *ERASE, "settle.after", "settle.stage", "settle.ready")
 some = st.integers(min_value=0, max_value=11)
 orders = st.sampled_from([Order.FAIL, Order.LANDED, Order.HANG])
+
+
+class Left(StrEnum):
+    """How a process comes to be left behind; the fleet goes on without it only where it was given up."""
+
+    SILENT = "it does not poll"
+    LOOKS = "it looks, and adopts nothing"
+    GIVEN_UP = "it was declared dead, and lives"
 
 
 class Machine(RuleBasedStateMachine):
@@ -95,6 +106,18 @@ class Machine(RuleBasedStateMachine):
     def upload_in_trouble(self, process: int, user: int, post: bool, point: str, order: Order) -> None:
         self._trouble(self._upload(process, user, post), point, order)
 
+    @precondition(_may_upload)
+    @rule(process=some, user=some, post=st.booleans(), order=orders, settling=st.none() | some)
+    def upload_that_a_store_misses(
+        self, process: int, user: int, post: bool, order: Order, settling: int | None
+    ) -> None:
+        """Perhaps settled by a process that nobody has asked anything in between."""
+        actor = self._upload(process, user, post)
+        writes = actor.process.up.flags.view().plan(self.uploads[actor].user_id).writes
+        self._trouble(actor, WRITE[writes[-1]], order)
+        if settling is not None:
+            self.world.settle(self._process(settling)).finish()
+
     @precondition(lambda self: self._may_begin() and self._deletable())
     @rule(process=some, document=some)
     def delete(self, process: int, document: int) -> None:
@@ -138,13 +161,21 @@ class Machine(RuleBasedStateMachine):
     def begin_settling(self, process: int, point: str) -> None:
         self.world.settle(self._process(process)).reach(point)
 
+    @precondition(lambda self: self._may_begin() and self._deletable())
+    @rule(process=some, point=st.sampled_from(APPLY), deleting=some, document=some)
+    def delete_while_settling(self, process: int, point: str, deleting: int, document: int) -> None:
+        settling = self.world.settle(self._process(process))
+        if settling.reach(point):
+            self._delete(deleting, document).finish()
+            settling.finish()
+
     @precondition(_may_begin)
     @rule(process=some)
     def settle_the_way_back(self, process: int) -> None:
         self.world.settle_the_way_back(self._process(process)).finish()
 
     @precondition(_may_begin)
-    @rule(process=some, point=st.sampled_from(["pgvector.present", "journal.add"]))
+    @rule(process=some, point=st.sampled_from(list(WRITE.values())))
     def set_aside(self, process: int, point: str) -> None:
         self.world.bulk.execute(MANY_ATTEMPTS)
         self._trouble(self.world.settle(self._process(process)), point, Order.BROKEN)
@@ -170,10 +201,27 @@ class Machine(RuleBasedStateMachine):
     def fetch(self, process: int) -> None:
         self.world.fetch(self._process(process))
 
+    @precondition(_may_upload)
+    @rule(process=some, user=some, point=st.sampled_from(APPLY), order=orders)
+    def upload_while_polling(self, process: int, user: int, point: str, order: Order) -> None:
+        self.world.fetch(self._process(process))
+        self._trouble(self._upload(process, user, post=False), point, order)
+        self.world.poll(self._process(process))
+
+    @precondition(lambda self: self._may_begin() and self._deletable())
+    @rule(process=some, document=some, point=st.sampled_from(ERASE), order=orders)
+    def delete_while_polling(self, process: int, document: int, point: str, order: Order) -> None:
+        self.world.fetch(self._process(process))
+        self._trouble(self._delete(process, document), point, order)
+        self.world.poll(self._process(process))
+
     @precondition(_up)
-    @rule(process=some)
-    def kill(self, process: int) -> None:
-        self.world.kill(self._process(process))
+    @rule(process=some, power=st.sampled_from([True, False, False, False]))
+    def kill(self, process: int, power: bool) -> None:
+        if power:
+            self.world.power_cut()
+        else:
+            self.world.kill(self._process(process))
 
     @precondition(lambda self: len(self._up()) < len(self.world.processes))
     @rule()
@@ -188,19 +236,22 @@ class Machine(RuleBasedStateMachine):
     def step(self, forward: bool) -> None:
         self.world.step(forward)
 
-    @rule(forward=st.booleans(), times=st.integers(1, 2))
+    @rule(forward=st.booleans(), times=st.integers(1, 4))
     def everybody_moves(self, forward: bool, times: int) -> None:
         for _ in range(times):
             self._all_poll()
             self.world.step(forward)
 
     @precondition(_up)
-    @rule(process=some, forward=st.booleans(), times=st.integers(0, 3))
-    def leave_behind(self, process: int, forward: bool, times: int) -> None:
+    @rule(process=some, forward=st.booleans(), times=st.integers(0, 3), how=st.sampled_from(Left))
+    def leave_behind(self, process: int, forward: bool, times: int, how: Left) -> None:
         left = self._process(process)
-        self.world.stall(left)
+        if how is Left.GIVEN_UP:
+            self.world.stall(left)
         for _ in range(times):
             self._all_poll(but=left)
+            if how is Left.LOOKS:
+                self.world.fetch(left)
             self.world.step(forward)
         self._all_poll(but=left)
 

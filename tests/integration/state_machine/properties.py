@@ -12,7 +12,7 @@ PAYLOAD  a store that is done can give the document to the other
 HALF     a store holds all chunks of a document or none
 SAFE     no live process writes one store alone while another may read the other
 ERRORS   a request ends well or with an error that its caller knows
-FALSEERR an upload that nothing disturbs is acknowledged
+FALSEERR an upload that nothing disturbs is acknowledged; by a process that the fleet left behind it may be refused
 At rest:
 I2       an acknowledged upload is ready and in every store that the stage writes, owed or done in the other
 I3       every other upload is wholly there or wholly absent
@@ -66,12 +66,15 @@ class Answers:
 
 
 def in_every_state(world: World, now: Truth, answers: dict[str, Answers]) -> Iterator[Violation]:
+    yield from world.noticed
     for process in world.processes:
         if process.name in answers:
             yield from _answers(world, now, process, answers[process.name])
     for document in world.documents:
-        if document.id is not None:
+        if document.id in now.documents:
             yield from _document(now, document, document.id)
+        else:
+            yield from _never_intended(document)
     yield from _safe(world, now)
     for process in world.processes:
         if process.router is not None and process.up.flags.halted:
@@ -80,9 +83,7 @@ def in_every_state(world: World, now: Truth, answers: dict[str, Answers]) -> Ite
 
 def at_rest(world: World, now: Truth) -> Iterator[Violation]:
     for document in world.documents:
-        if document.id is None:
-            yield from _never_intended(world, now, document)
-        else:
+        if document.id in now.documents:
             yield from _settled(now, document, document.id)
     held = world.bytes_held()
     for number in held[Store.FAISS].keys() & held[Store.PGVECTOR].keys():
@@ -101,13 +102,11 @@ def saved(now: Truth, chunks: dict[int, int]) -> Iterator[Violation]:
 def of_error(world: World, actor: Actor, document: Document | None) -> Iterator[Violation]:
     """`document`: where the request was its upload."""
     error = actor.error
-    if isinstance(error, PropertyViolatedError):
-        raise error
     if error is None:
         return
     if not isinstance(error, KNOWN_ERRORS):
         yield "ERRORS", f"{actor}: {error!r}"
-    undisturbed = not world.hurt and not isinstance(error, StaleProcessError)
+    undisturbed = not world.hurt and not (isinstance(error, StaleProcessError) and actor.process.given_up)
     if document is not None and undisturbed and not document.deleting:
         yield "FALSEERR", f"{actor}: {error!r}"
 
@@ -168,7 +167,7 @@ def _left(world: World, now: Truth) -> Iterator[Violation]:
     """The file of an upload that failed is its caller's, who may send it again."""
     files = world.files()
     for document in world.documents:
-        if document.id is None:
+        if document.id not in now.documents:
             continue
         status = now.status(document.id)
         kept = {name for name in files if name.startswith(document.name) and name != document.name}
@@ -178,7 +177,7 @@ def _left(world: World, now: Truth) -> Iterator[Violation]:
             yield "LEFT", f"the upload of document {document.id}, which is deleted"
 
 
-def _never_intended(world: World, now: Truth, document: Document) -> Iterator[Violation]:
+def _never_intended(document: Document) -> Iterator[Violation]:
     if document.durable or document.returned:
         yield "I2", f"{document.name} was acknowledged, and no row knows it"
 

@@ -16,7 +16,7 @@ from tests.integration.state_machine import hunt
 
 pytestmark = pytest.mark.migration
 
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "50"))
 STEPS = int(os.environ.get("STATE_MACHINE_STEPS", "30"))
 SHRINK = bool(os.environ.get("STATE_MACHINE_SHRINK"))
 

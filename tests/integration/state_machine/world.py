@@ -1,7 +1,7 @@
 """One example's world: a database and a directory, and processes that each have a router on both.
 
 The database and its pools serve all examples of a test, emptied in between; the directory is new for each. A killed
-process loses its router and every request in it, nothing else.
+process loses its router and every request in it, nothing else; a power cut takes what is not on the disk as well.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rollout.transitions import Target, step
 from src.database import Role
 from src.tools.rag_tools import faults
 from src.tools.rag_tools.migration import faiss_files, flags, ledger
+from src.tools.rag_tools.migration.faiss_sqlite import JOURNAL_FILE
 from src.tools.rag_tools.migration.router import Router
 from src.tools.rag_tools.migration.settings import MigrationSettings
 from src.tools.rag_tools.migration.stages import Stage, Store
@@ -35,7 +36,8 @@ from src.tools.rag_tools.pgvector_store import Pool, open_pool
 from src.tools.rag_tools.store import Chunk, Hit, StoreError, Vector
 from tests.integration.state_machine import truth
 from tests.integration.state_machine.actors import Actor, Secondaries, current, hook
-from tests.integration.state_machine.properties import CHUNKS, Answers, PropertyViolatedError
+from tests.integration.state_machine.power import Disk
+from tests.integration.state_machine.properties import CHUNKS, Answers, Violation
 from tests.support.routers import add_users, set_stage
 
 PROFILE = replace(PRODUCTION, ramp=(50, 100))
@@ -96,7 +98,8 @@ class WatchedStores(Stores):
         chunks = Stores.copy_of(self, store, user_id, document_id)
         now = self.world.look()
         if len(chunks) != CHUNKS and now.ledger[document_id, store] == ("present", "done"):
-            raise PropertyViolatedError("PAYLOAD", f"{store} is done with document {document_id}, gave {len(chunks)}")
+            # Settling takes any exception for a failure to be tried again.
+            self.world.noticed.append(("PAYLOAD", f"{store} is done with document {document_id}, gave {len(chunks)}"))
         return chunks
 
     def _remember(self, store: Store, document_id: int, write: Any) -> None:
@@ -134,12 +137,16 @@ class Fetched:
 
 @dataclass
 class Process:
-    """`counts`: as a live one for the fleet. `found`, `lost`: documents it must, must never answer with."""
+    """`counts`: as a live one for the fleet. `given_up`: at some time since it began it did not.
+
+    `found`, `lost`: documents it must, must never answer with.
+    """
 
     name: str
     pool: Pool
     router: Router | None = None
     counts: bool = True
+    given_up: bool = False
     found: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     lost_here: set[int] = field(default_factory=set)
@@ -152,7 +159,7 @@ class Process:
 
 
 class World:
-    """`hurt`: something has failed, crashed or was abandoned in this example."""
+    """`hurt`: something has failed, crashed or was abandoned in this example. `noticed`: in the middle of a move."""
 
     def __init__(self, database: Any, root: Path) -> None:
         self.root = root
@@ -168,6 +175,9 @@ class World:
         self.actors: list[Actor] = []
         self.documents: list[Document] = []
         self.journal: sqlite3.Connection | None = None
+        self.disk = Disk()
+        self.settings = MigrationSettings()
+        self.noticed: list[Violation] = []
         self.hurt = False
 
     # -- the life of an example
@@ -177,6 +187,7 @@ class World:
         self.examples += 1
         self.embeddings.asked = 0
         self.hurt = False
+        self.noticed.clear()
         self.bulk.execute(EMPTY)
         if stage is not Stage.OFF:
             set_stage(self.bulk, stage, percent)
@@ -195,6 +206,7 @@ class World:
         faults.hook = None
         for process in self.processes:
             self._drop(process)
+        self.disk.forget()
         if self.journal is not None:
             self.journal.close()
             shutil.rmtree(self.directory)
@@ -202,6 +214,7 @@ class World:
 
     def close(self) -> None:
         self.clear()
+        self.disk.close()
         for pool in self.pools:
             pool.close()
         self.bulk.close()
@@ -229,7 +242,7 @@ class World:
     # -- processes
 
     def start(self, process: Process) -> None:
-        settings = MigrationSettings(FAISS_INDEX_PATH=self.directory / "faiss_index")
+        settings = self.settings.model_copy(update={"FAISS_INDEX_PATH": self.directory / "faiss_index"})
         router = Router(process.pool, self.embeddings, settings=settings, clock=lambda: 0.0)
         router._secondary.shutdown()
         router._secondary = Secondaries(self.begin)  # type: ignore[assignment]
@@ -237,7 +250,8 @@ class World:
         object.__setattr__(watched, "failing", None)
         object.__setattr__(watched, "world", self)
         router.stores = router.settler.stores = watched
-        process.router, process.counts = router, True
+        self.disk.watch(router.stores.faiss.journal)
+        process.router, process.counts, process.given_up = router, True, False
         before = self.look() if self.journal is not None else None
         router.start(loops=False)
         if before is not None:
@@ -253,10 +267,20 @@ class World:
 
     def stall(self, process: Process) -> None:
         """It has not been heard of for a minute, and knows nothing of that."""
-        process.counts = False
+        process.counts, process.given_up = False, True
         if process.fetched is not None:
             process.fetched.counts = False
         self.bulk.execute(SILENT, (process.up.flags.instance,))
+
+    def power_cut(self) -> None:
+        """Every process dies, and with them what nobody had waited for until it was on the disk."""
+        assert self.journal is not None
+        for process in self.processes:
+            if process.router is not None:
+                self.kill(process)
+        self.journal.close()
+        self.disk.lose_power(self.directory, self.directory / "faiss_index" / JOURNAL_FILE)
+        self.journal = truth.open_journal(self.directory / "faiss_index")
 
     def fetch(self, process: Process) -> None:
         ready, deleted = self.look().ready(), self._deleted()
