@@ -26,7 +26,8 @@ STARTS = [(stage, percent) for stage in Stage for percent in ((0, 50, 100) if st
 PREPARE = ("kept.load", "upload.parse", "kept.write", "kept.link", "kept.sync")
 WRITE = {Store.PGVECTOR: "pgvector.present", Store.FAISS: "journal.add"}
 APPLY = (*WRITE.values(), "ledger.mark")
-UPLOAD = ("upload.intent", "document.load", *PREPARE, *APPLY * 2, "upload.ready", AFTER_READY, "settle.after")
+STORED = (*APPLY, "upload.ready")
+UPLOAD = ("upload.intent", "document.load", *PREPARE, *APPLY, *STORED, AFTER_READY, "settle.after")
 ERASE = ("journal.delete", "pgvector.absent", "ledger.mark")
 DELETE = (
     "delete.intent", AFTER_DELETE, *ERASE * 3,
@@ -245,15 +246,15 @@ class Machine(RuleBasedStateMachine):
     @precondition(_up)
     @rule(process=some, forward=st.booleans(), times=st.integers(0, 3), how=st.sampled_from(Left))
     def leave_behind(self, process: int, forward: bool, times: int, how: Left) -> None:
-        left = self._process(process)
-        if how is Left.GIVEN_UP:
-            self.world.stall(left)
-        for _ in range(times):
-            self._all_poll(but=left)
-            if how is Left.LOOKS:
-                self.world.fetch(left)
-            self.world.step(forward)
-        self._all_poll(but=left)
+        self._leave_behind(self._process(process), forward, times, how)
+
+    @precondition(_may_upload)
+    @rule(process=some, user=some, point=st.sampled_from(STORED), forward=st.booleans(), times=st.integers(1, 3))
+    def upload_that_sleeps(self, process: int, user: int, point: str, forward: bool, times: int) -> None:
+        actor = self._upload(process, user, post=False)
+        if actor.reach(point):
+            self._leave_behind(actor.process, forward, times, Left.GIVEN_UP)
+            actor.finish()
 
     # -- after every move
 
@@ -316,6 +317,16 @@ class Machine(RuleBasedStateMachine):
             self.world.hurt = True
             actor.obey(order)
             actor.finish()
+
+    def _leave_behind(self, left: Process, forward: bool, times: int, how: Left) -> None:
+        if how is Left.GIVEN_UP:
+            self.world.stall(left)
+        for _ in range(times):
+            self._all_poll(but=left)
+            if how is Left.LOOKS:
+                self.world.fetch(left)
+            self.world.step(forward)
+        self._all_poll(but=left)
 
     def _all_poll(self, but: Process | None = None) -> None:
         for process in self._up():
