@@ -72,6 +72,6 @@ def _import_text(report: ImportReport) -> list[Any]:
         table(
             f"{did} {report.rows} rows from {report.source} to {report.target}", ["table", "rows", "set aside"], rows
         ),
-        *[f"set aside: {each}" for each in report.set_aside],
+        *[f"set aside: {each.table} {each.id}: {each.reason}" for each in report.set_aside],
         *[f"in the way: {problem}" for problem in report.problems],
     ]

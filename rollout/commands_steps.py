@@ -146,14 +146,11 @@ def instances_forget(
 
 
 def _gate_text(gate: Gate) -> list[Any]:
-    rows = [
-        [each.name, each.value, each.threshold, each.verdict, "" if each.verdict == "pass" else each.todo]
-        for each in gate.criteria
-    ]
+    rows = [[each.name, each.value, each.threshold, each.verdict] for each in gate.criteria]
     if not rows:
         return [f"no gate stands before {gate.target}"]
-    columns = ["criterion", "value", "needed", "verdict", "what to do"]
-    return [table(f"gate to {gate.target}: {gate.verdict}", columns, rows)]
+    todo = [f"{each.name}: {each.todo}" for each in gate.criteria if each.verdict != "pass" and each.todo]
+    return [table(f"gate to {gate.target}: {gate.verdict}", ["criterion", "value", "needed", "verdict"], rows), *todo]
 
 
 def _stepped_text(stepped: Stepped) -> list[Any]:

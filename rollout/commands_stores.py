@@ -9,7 +9,7 @@ import typer
 
 from rollout.commands_steps import owed_table
 from rollout.errors import UsageError
-from rollout.options import Execute, Json
+from rollout.options import Execute, Json, OnlyCause
 from rollout.output import Answer, failures, progress, say, stderr, table
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ def verify(
 
 
 def diffs(
-    cause: Annotated[
-        str | None, typer.Option("--cause", help="Only this cause; all but `match` where left out.")
-    ] = None,
+    cause: OnlyCause = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="The newest so many.")] = SHOWN,
     transition: Annotated[
         int | None, typer.Option("--transition", min=1, help="Of this transition; the present one where left out.")

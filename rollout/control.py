@@ -6,7 +6,6 @@ Opened by a command, closed at its end; it takes no part in the fleet.
 from __future__ import annotations
 
 import getpass
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from langchain_core.embeddings import Embeddings
 
 from rollout.errors import PreconditionError
 from rollout.profiles import Profile, profile_in_force
+from rollout.settings import RolloutSettings
 from src.database import DatabaseError, Role, conninfo
 from src.tools.rag_tools.embeddings import embedder
 from src.tools.rag_tools.migration import flags
@@ -161,4 +161,4 @@ def control() -> Iterator[Control]:
 
 def actor() -> str:
     """Who acts, for the record: ROLLOUT_ACTOR, else user@host."""
-    return os.environ.get("ROLLOUT_ACTOR") or f"{getpass.getuser()}@{socket.gethostname()}"
+    return RolloutSettings().ROLLOUT_ACTOR or f"{getpass.getuser()}@{socket.gethostname()}"

@@ -12,10 +12,29 @@ if TYPE_CHECKING:
     from rollout.transitions import Target
     from src.tools.rag_tools.migration.stages import Stage
 
+
+def _stages() -> list[str]:
+    from src.tools.rag_tools.migration.stages import Stage
+
+    return [str(stage) for stage in Stage]
+
+
+def _causes() -> list[str]:
+    from src.tools.rag_tools.migration.causes import Cause
+
+    return [str(cause) for cause in Cause]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Execute = Annotated[bool, typer.Option("--execute", help="Do it; without this, only say what would be done.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
-To = Annotated[str | None, typer.Option("--to", help="Stage to go to; one step where left out.")]
+To = Annotated[
+    str | None, typer.Option("--to", help="Stage to go to; one step where left out.", autocompletion=_stages)
+]
+OnlyCause = Annotated[
+    str | None,
+    typer.Option("--cause", help="Only this cause; all but `match` where left out.", autocompletion=_causes),
+]
 Percent = Annotated[int | None, typer.Option("--percent", min=0, max=100, help="Percent of users, within `live`.")]
 Acknowledge = Annotated[
     int | None,

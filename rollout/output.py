@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -22,7 +22,16 @@ from rollout.profiles import PRODUCTION, profile_in_force
 ENVELOPE_VERSION = 1
 UNEXPECTED = 1
 
-stdout = Console(soft_wrap=True, highlight=False)
+WIDE = 240
+"""Columns where nobody's terminal says how many there are: a row stays one line for grep and less."""
+
+
+def _width(stream: TextIO) -> int | None:
+    """None: as the terminal, or the variable COLUMNS, says."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else WIDE
+
+
+stdout = Console(soft_wrap=True, highlight=False, width=_width(sys.stdout))
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -100,7 +109,11 @@ def fail(command: str, code: int, error: Exception | str, as_json: bool) -> None
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    made = Table(*columns, title=_cell(title), title_justify="left", title_style="bold", pad_edge=False, box=None)
+    """Nothing is cut off; the first column names the row for the next command and stays in one piece."""
+    made = Table(title=_cell(title), title_justify="left", title_style="bold", pad_edge=False, box=None)
+    for number, column in enumerate(columns):
+        widest = max((_cell(row[number]).cell_len for row in rows), default=0) if number == 0 else None
+        made.add_column(column, overflow="fold", min_width=widest)
     for row in rows:
         # Not as markup: a file name may hold a bracket.
         made.add_row(*(_cell(cell) for cell in row))

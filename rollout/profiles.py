@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from rollout.errors import UsageError
@@ -51,7 +50,9 @@ PROFILES = {profile.name: profile for profile in (PRODUCTION, REHEARSAL)}
 
 def profile_in_force() -> Profile:
     """The profile that ROLLOUT_PROFILE names; production where it is unset."""
-    name = os.environ.get("ROLLOUT_PROFILE", PRODUCTION.name)
+    from rollout.settings import RolloutSettings  # `--help` should not load what reads settings
+
+    name = RolloutSettings().ROLLOUT_PROFILE or PRODUCTION.name
     try:
         return PROFILES[name]
     except KeyError as error:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 
+from rollout.control import actor
 from rollout.errors import InconclusiveError, PreconditionError, RefusedError, RolloutError, UsageError
 from rollout.output import Answer, failures, printable, progress, say, table
+from rollout.profiles import profile_in_force
 from src.database import DocumentsNeedPostgresError
 from src.tools.rag_tools.embeddings import EmbeddingUnavailableError
 from src.tools.rag_tools.store import StoreError
@@ -28,6 +34,18 @@ def ends_with(code: int) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROLLOUT_PROFILE", raising=False)
+
+
+def test_profile_and_actor_may_stand_in_the_file_of_settings_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("ROLLOUT_PROFILE=rehearsal\nROLLOUT_ACTOR=ada\n")
+    assert (profile_in_force().name, actor()) == ("rehearsal", "ada")
+    monkeypatch.setenv("ROLLOUT_PROFILE", "production")
+    monkeypatch.setenv("ROLLOUT_ACTOR", "")
+    assert profile_in_force().name == "production"
+    assert "@" in actor()
 
 
 @pytest.mark.parametrize(
@@ -142,3 +160,13 @@ def test_progress_is_on_stderr_and_no_line_is_written_twice(capsys: pytest.Captu
 def test_progress_of_nothing_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     progress("backfill")(0, 0)
     assert capsys.readouterr().err == "backfill 0/0\n"
+
+
+def test_a_narrow_terminal_cuts_nothing_off_and_keeps_what_names_the_row_whole() -> None:
+    group = "66b62087-61a5-4f0e-9d3c-0d9a3cf5c1aa"
+    console = Console(width=80, file=StringIO())
+    console.print(table("held", ["group", "source", "why"], [[group, "uploads/" + "long" * 30 + ".pdf", "no_row"]]))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert group in printed
+    assert "…" not in printed
+    assert len(re.findall(r"[long]", printed.partition("why")[2].partition(group)[2])) >= 120
