@@ -60,7 +60,10 @@ def _explain_text(found: dict[str, Any]) -> list[Any]:
         ]
         for place in found["chunks"]
     ]  # fmt: skip
-    numbers = ", ".join(f"{name} {value}" for name, value in found["numbers"].items())
+    numbers = ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in found["numbers"].items()
+    )
     return [
         f"diff {found['id']} at {found['at']}: {found['cause']}",
         f"{found['served_by']} answered user {found['user_id']}, {found['shadow']} was asked in the shadow; {numbers}",
@@ -78,12 +81,12 @@ def recover(execute: Execute = False, as_json: Json = False) -> None:
 
         with control() as made:
             report = recovery.recover(made, execute=execute, actor=actor())
-        did = "restored" if report.executed else "would restore"
+        restored, repeated = ("restored", "repeated") if report.executed else ("would restore", "repeat")
         text = [
             f"PostgreSQL has document ids up to {report.postgres.document} and transition {report.postgres.transition};"
             f" FAISS saw {report.journal.document} and {report.journal.transition}",
-            f"{did} {len(report.restored)} documents, repeat {len(report.deleted)} deletions;"
-            f" {len(report.ownerless)} belong to users who are gone too",
+            f"{restored} {len(report.restored)} documents, {repeated} {len(report.deleted)} deletions;"
+            f" {len(report.ownerless)} belong to users who are gone too" + ("" if execute else "; add --execute to do it"),
         ]
         if report.transition is not None:
             text.append(f"transition {report.transition} goes on after the lost ones; restart every backend process")

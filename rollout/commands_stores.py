@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from src.tools.rag_tools.migration.stages import Store
 
 SHOWN = 20
+NOTHING = "nothing to list"
 
 
 def backfill(execute: Execute = False, as_json: Json = False) -> None:
@@ -140,7 +141,7 @@ def diffs(
         text = [
             f"{report.comparisons} comparisons under transition {report.transition}",
             *([table("causes", ["cause", "comparisons"], list(report.causes.items()))] if report.causes else []),
-            *([_rows_table("newest", report.rows)] if report.rows else ["nothing to list"]),
+            *([_rows_table("newest", [_without_lists(row) for row in report.rows])] if report.rows else [NOTHING]),
         ]
         say(Answer("diffs", asdict(report), text), as_json)
 
@@ -180,6 +181,11 @@ def _stores(name: str | None) -> list[Store] | None:
         return [Store(name)]
     except ValueError as error:
         raise UsageError(f"--store {name}: there are {' and '.join(Store)}") from error
+
+
+def _without_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """Both answers fill a screen; `rollout explain` has them, and --json."""
+    return {name: value for name, value in row.items() if not isinstance(value, list)}
 
 
 def _rows_table(title: str, rows: list[dict[str, Any]]) -> Any:

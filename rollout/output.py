@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TextIO
 
 import typer
@@ -163,4 +164,12 @@ def _plain(value: object) -> object:
 
 
 def _cell(value: object) -> Text:
-    return Text("" if value is None else printable(str(value)))
+    match value:
+        case None:
+            return Text("")
+        case float():
+            return Text(f"{value:.6g}")
+        case datetime():
+            return Text(value.isoformat(" ", "seconds"))
+        case _:
+            return Text(printable(str(value)))

@@ -15,7 +15,7 @@ import pytest
 from src.tools.rag_tools.migration.causes import Cause, Evidence
 from src.tools.rag_tools.migration.stages import Stage, Store
 from src.tools.rag_tools.store import Vector
-from tests.support.planted import Planted, at_cosine, one_of_each_side, planting
+from tests.support.planted import Planted, approximate_index, at_cosine, one_of_each_side, planting
 from tests.support.routers import add_users, router_on
 
 pytestmark = pytest.mark.migration
@@ -272,25 +272,6 @@ def pgvector_refuses(planted: Planted) -> Iterator[None]:
         yield
     finally:
         planted.as_owner("GRANT SELECT ON document_chunks TO victus_app")
-
-
-@contextmanager
-def approximate_index(planted: Planted) -> Iterator[None]:
-    """An index over all users that gives one candidate, and no other way to the chunks."""
-    name = planted.database.name
-    for statement in (
-        "ALTER TABLE document_chunks DROP CONSTRAINT document_chunks_pkey",
-        "DROP INDEX document_chunks_by_document, document_chunks_by_id",
-        "CREATE INDEX approximate ON document_chunks USING hnsw (embedding vector_ip_ops)",
-        f"ALTER DATABASE {name} SET hnsw.ef_search = 1",
-        f"ALTER DATABASE {name} SET enable_seqscan = off",
-    ):
-        planted.superuser.execute(statement)
-    planted.router.pool.drain()
-    try:
-        yield
-    finally:
-        planted.superuser.execute("DROP INDEX approximate")
 
 
 def compare_while_locked(planted: Planted, questions: list[Question]) -> list[Cause]:

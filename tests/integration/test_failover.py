@@ -18,6 +18,7 @@ from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import Stage, Store
 from src.tools.rag_tools.pgvector_store import open_pool
 from tests.support.routers import HashEmbeddings, add_users, router_on, set_stage, write_note
+from tests.support.seeds import restore
 
 pytestmark = pytest.mark.migration
 
@@ -26,19 +27,6 @@ def upload(router: Router, user_id: int, directory: Path, name: str) -> int:
     document_id = router.receive(user_id, write_note(directory, name, f"text of {name}"), name)
     router.index(document_id)
     return document_id
-
-
-def restore(database: Any, before: int) -> None:
-    """As if the commits after document `before` had never been: rows, ledger, sequence, the last transition."""
-    with database.connect(autocommit=True) as connection:
-        connection.execute("ALTER TABLE documents DISABLE TRIGGER leave_a_debt")
-        connection.execute("DELETE FROM documents WHERE id > %s", (before,))
-        connection.execute("ALTER TABLE documents ENABLE TRIGGER leave_a_debt")
-        connection.execute("DELETE FROM vector_ledger WHERE document_id > %s", (before,))
-        connection.execute("ALTER TABLE document_chunks NO FORCE ROW LEVEL SECURITY")
-        connection.execute("DELETE FROM document_chunks WHERE document_id > %s", (before,))
-        connection.execute("ALTER TABLE document_chunks FORCE ROW LEVEL SECURITY")
-        connection.execute("SELECT setval('documents_id_seq', %s)", (before,))
 
 
 def lose_transition(database: Any) -> None:

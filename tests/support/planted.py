@@ -177,6 +177,25 @@ def planting(database: Any, router: Router) -> Iterator[Planted]:
         yield Planted(database, router, superuser)
 
 
+@contextmanager
+def approximate_index(planted: Planted) -> Iterator[None]:
+    """An index over all users that gives one candidate, and no other way to the chunks."""
+    name = planted.database.name
+    for statement in (
+        "ALTER TABLE document_chunks DROP CONSTRAINT document_chunks_pkey",
+        "DROP INDEX document_chunks_by_document, document_chunks_by_id",
+        "CREATE INDEX approximate ON document_chunks USING hnsw (embedding vector_ip_ops)",
+        f"ALTER DATABASE {name} SET hnsw.ef_search = 1",
+        f"ALTER DATABASE {name} SET enable_seqscan = off",
+    ):
+        planted.superuser.execute(statement)
+    planted.router.pool.drain()
+    try:
+        yield
+    finally:
+        planted.superuser.execute("DROP INDEX approximate")
+
+
 def unit(vector: Any) -> Vector:
     return np.asarray(vector / np.linalg.norm(vector), np.float32)
 
