@@ -99,7 +99,7 @@ def history(db: Session, user_id: int, conversation_id: str, limit: int, before:
     find(db, user_id, conversation_id)
     wanted = select(Message).where(Message.conversation_id == conversation_id)
     if before is not None:
-        wanted = wanted.where(~is_after(before, inclusive=True))
+        wanted = wanted.where(~is_after(conversation_id, before, inclusive=True))
     return list(reversed(db.scalars(wanted.order_by(*NEWEST_FIRST).limit(limit)).all()))
 
 
@@ -111,14 +111,20 @@ def is_own(user_id: int, conversation_id: str) -> ColumnElement[bool]:
     )
 
 
-def is_after(message_id: str, *, inclusive: bool = False, fallback: datetime | None = None) -> ColumnElement[bool]:
-    """Whether a message comes after the one of that id, or after `fallback` if that one is gone.
+def is_after(
+    conversation_id: str, message_id: str, *, inclusive: bool = False, fallback: datetime | None = None
+) -> ColumnElement[bool]:
+    """Whether a message comes after the conversation's one of that id, or after `fallback` if that one is gone.
 
+    An id of another conversation counts as gone: where it stands would tell when somebody else wrote it.
     The time is compared as the database has it: SQLite keeps text, and a time that went through
     Python may come back written otherwise.
     """
     at = func.coalesce(
-        select(said_at).where(Message.id == message_id).correlate(None).scalar_subquery(),
+        select(said_at)
+        .where(Message.id == message_id, Message.conversation_id == conversation_id)
+        .correlate(None)
+        .scalar_subquery(),
         literal(fallback or BEGINNING, UtcDateTime),
         type_=UtcDateTime,
     )

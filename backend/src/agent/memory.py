@@ -122,12 +122,14 @@ class ConversationContextManager:
         """Those between the cursor and the window, oldest first; none while they are too few."""
         fresh: ColumnElement[bool] = true()
         if memory.until_id is not None:
-            fresh = is_after(memory.until_id, fallback=memory.until)
+            fresh = is_after(self.conversation_id, memory.until_id, fallback=memory.until)
         window = self._window()
         if len(window) < WINDOW:
             return []
         rows = self.db.execute(
-            self._messages(fresh, ~is_after(window[0].id, inclusive=True)).order_by(*OLDEST_FIRST).limit(MOST_MESSAGES)
+            self._messages(fresh, ~is_after(self.conversation_id, window[0].id, inclusive=True))
+            .order_by(*OLDEST_FIRST)
+            .limit(MOST_MESSAGES)
         )
         fallen = [Said(*row) for row in rows]
         return fallen if len(fallen) >= FOLD_AT else []
