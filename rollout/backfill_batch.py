@@ -204,7 +204,7 @@ def _send(connection: Connection, faiss: FaissStore, owed: Sequence[Owed], limit
 
 
 def _read(faiss: FaissStore, owed: Owed) -> list[Chunk]:
-    chunks = faiss.document(owed.document_id)
+    chunks = faiss.document(owed.document_id, owed.user_id)
     if not chunks:
         raise PayloadMissingError(
             "faiss is done in the ledger but holds no chunk of it; run `rollout verify`, and bring"

@@ -148,11 +148,17 @@ class FaissStore:
 
     # -- what the other store, owner assignment and verify ask
 
-    def document(self, document_id: int) -> list[Chunk]:
-        """The document's chunks by ordinal, vectors and all; none where it is unknown or deleted."""
+    def document(self, document_id: int, user_id: int | None = None) -> list[Chunk]:
+        """The document's chunks by ordinal, vectors and all; none where it is unknown or deleted.
+
+        With `user_id` only those that are this user's.
+        """
         self.tail()
         with self._lock:
-            return self._memory.whole(self._memory.of_document(document_id))
+            positions = self._memory.of_document(document_id)
+            if user_id is not None:
+                positions = self._memory.still(user_id, positions)
+            return self._memory.whole(positions)
 
     def owner_of(self, chunk_id: UUID) -> int | None:
         """Whose chunk it is; None for one unknown, deleted or nobody's."""

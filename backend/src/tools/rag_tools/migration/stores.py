@@ -56,12 +56,12 @@ class Stores:
                 self._mark(document_id, store, Wanted.ABSENT)
 
     def copy_of(self, store: Store, user_id: int, document_id: int) -> list[Chunk]:
-        """The document as `store` holds it, vectors and all."""
+        """The user's document as `store` holds it, vectors and all; nothing where it is somebody else's there."""
         match store:
             case Store.PGVECTOR:
                 return self.pgvector.document(user_id, document_id)
             case Store.FAISS:
-                return self.faiss.document(document_id)
+                return self.faiss.document(document_id, user_id)
 
     def search(self, names: Sequence[Store], user_id: int, vector: Vector, k: int, hidden: frozenset[int]) -> list[Hit]:
         """The k best of these stores' answers by chunk id, without the `hidden` documents."""
