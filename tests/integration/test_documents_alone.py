@@ -89,6 +89,20 @@ def test_an_upload_that_dies_anywhere_is_whole_or_was_never_there(world: World) 
     assert not [name for name in world.files() if "kept" in name]
 
 
+def test_a_legacy_path_that_leads_out_of_its_folder_is_deleted_without_the_file_there(world: World) -> None:
+    """The old release took the name that was sent for the path; a row may point at anything."""
+    document_id = world.upload()
+    foreign = world.folder / "somebody elses.pdf"
+    foreign.write_bytes(b"not an upload")
+    with world.database.connect(autocommit=True) as connection:
+        path = str(world.folder / "uploads" / ".." / foreign.name)
+        connection.execute("UPDATE documents SET path = %s WHERE id = %s", (path, document_id))
+    world.first.delete(world.owner, document_id)
+    assert foreign.exists()
+    assert world.held(document_id) == []
+    assert world.first.load(document_id).path == "", "nothing is left to finish"
+
+
 def test_a_deletion_that_dies_anywhere_is_final_once_it_was_committed(world: World) -> None:
     probe = world.upload()
     with recorded() as passed:

@@ -359,13 +359,18 @@ class Documents:
         return True
 
     def _erase_files(self, document: Document) -> None:
-        """Remove the kept result, and the upload unless another document has the same path."""
+        """Remove the kept result, and the upload unless another document has the same path.
+
+        The legacy release took file names as they were sent: a path that leads out of its folder is no upload.
+        """
         if not document.path:
             return
         self.forget(document)
         with self._transaction("delete", "delete.shared") as connection:
             shared = connection.execute(SHARED_PATH, (document.path, document.id)).fetchone()
-        if shared is None:
+        if ".." in Path(document.path).parts:
+            log.warning("document.delete.file_left", document_id=document.id)
+        elif shared is None:
             with _on_disk(Path(document.path), "delete.file"):
                 Path(document.path).unlink(missing_ok=True)
         with self._transaction("delete", "delete.path") as connection:
