@@ -1,0 +1,85 @@
+"""The two walls around a user's chunks, each taken away in turn: predicates, and row-level security."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from src.tools import rag_tools
+from src.tools.rag_tools import pgvector_store
+from tests.support.backend import User
+from tests.support.database import Database
+from tests.support.obedient_model import order
+from tests.support.scope import QUESTION, SECRET, TEXT, Attempt, World
+from tests.support.scope_context import question_vector
+from tests.support.scope_http import ACTS, Sending
+
+WITHOUT_PREDICATE = {
+    "SEARCH": ("WHERE user_id = %(user_id)s", "WHERE %(user_id)s > 0"),
+    "INVENTORY": ("WHERE user_id = %s", "WHERE %s > 0"),
+    "DOCUMENT": ("WHERE user_id = %s AND", "WHERE %s > 0 AND"),
+    "DELETE": ("WHERE user_id = %s AND", "WHERE %s > 0 AND"),
+}
+"""The statements on `document_chunks` that name a user, and how each loses the predicate."""
+
+
+def statement_attempts() -> Iterator[Attempt]:
+    """Each statement, as the service runs it; the user in the scope is whoever asks."""
+    yield Attempt("statements", "GET /api/search", lambda world, user: ACTS["GET", "/api/search"](Sending(world, user)))
+    yield Attempt("statements", "the agent's search", _agent)
+    yield Attempt(
+        "statements", "search", lambda _world, user: SECRET in str(_store().search(user.id, question_vector(), 9))
+    )
+    yield Attempt(
+        "statements", "document", lambda world, user: SECRET in str(_store().document(user.id, world.document))
+    )
+    yield Attempt("statements", "inventory", _inventory)
+    yield Attempt("statements", "delete", _delete)
+
+
+@contextmanager
+def without_predicate() -> Iterator[None]:
+    """Every statement on the chunks asks for everybody's."""
+    with pytest.MonkeyPatch.context() as changes:
+        for name, (predicate, none) in WITHOUT_PREDICATE.items():
+            statement: str = getattr(pgvector_store, name)
+            assert predicate in statement, f"{name} has no predicate on user_id"
+            changes.setattr(pgvector_store, name, statement.replace(predicate, none))
+        yield
+
+
+@contextmanager
+def without_row_level_security(database: Database) -> Iterator[None]:
+    """The table lets everybody see everything."""
+    with psycopg.connect(database.superuser_conninfo(), autocommit=True) as superuser:
+        for word in ("NO FORCE", "DISABLE"):
+            superuser.execute(f"ALTER TABLE document_chunks {word} ROW LEVEL SECURITY")
+        try:
+            yield
+        finally:
+            for word in ("ENABLE", "FORCE"):
+                superuser.execute(f"ALTER TABLE document_chunks {word} ROW LEVEL SECURITY")
+
+
+def _store() -> pgvector_store.PgvectorStore:
+    return rag_tools.service().pgvector
+
+
+def _agent(world: World, user: User) -> bool:
+    return SECRET in world.chat(user, order("query_uploaded_documents", query=QUESTION))
+
+
+def _inventory(world: World, user: User) -> bool:
+    return world.document in {row.document_id for row in _store().inventory(user.id)}
+
+
+def _delete(world: World, user: User) -> bool:
+    """Whether the owner's chunks are gone after the user's deletion of them."""
+    document = world.upload(world.owner, f"{world.name(world.owner)}.txt", TEXT)
+    _store().delete(user.id, document)
+    with psycopg.connect(world.database.superuser_conninfo()) as superuser:
+        left = superuser.execute("SELECT 1 FROM document_chunks WHERE document_id = %s", (document,)).fetchone()
+    return left is None
