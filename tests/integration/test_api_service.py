@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,14 @@ def uvicorn(folder: Path, environment: dict[str, str], *options: str) -> subproc
     )
 
 
+def status_of(port: int, token: str, path: str) -> int:
+    """For paths that are longer than the usual client sends."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_SECONDS)
+    with closing(connection):
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+        return connection.getresponse().status
+
+
 def test_with_the_default_secret_key_the_service_does_not_start(database: Database, tmp_path: Path) -> None:
     env = environment(database, tmp_path)
     del env["SECRET_KEY"]
@@ -175,6 +185,8 @@ def test_a_process_serves_logs_json_without_questions_and_stops_when_asked(datab
                 client.headers["Authorization"] = f"Bearer {token}"
                 assert client.get("/api/search", params={"q": "a private question"}).json() == []
                 assert client.get("/api/search", params={"q": "x" * 60_000}).status_code == 422
+                assert status_of(port, token, "/api/search?q=" + "x" * 100_000) in (400, 414, 422)
+                assert client.post("/api/chat", json={"message": "x" * 100_000}).status_code == 422
                 large = {"file": ("large.txt", b"x" * 60_000_000, "text/plain")}
                 assert client.post("/api/upload", files=large).status_code == 413
         finally:
