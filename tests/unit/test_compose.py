@@ -310,7 +310,7 @@ def test_the_image_serves_on_the_port_that_is_published() -> None:
     words = json.loads(command)
     ((_, _, inside),) = published("backend")
     assert words[words.index("--port") + 1] == str(inside)
-    assert words[:2] == ["uvicorn", "src.main:app"]
+    assert words[:3] == ["python", "-m", "src.serve"]
     assert re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.MULTILINE) == [str(inside)]
 
 
