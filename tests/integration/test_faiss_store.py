@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.tools.rag_tools.migration.faiss_disk import ForeignDirectoryError, Host
+from src.tools.rag_tools.migration.faiss_disk import ForeignDirectoryError, Host, locked
 from src.tools.rag_tools.migration.faiss_pickle import MismatchedPairError
 from src.tools.rag_tools.migration.faiss_sqlite import JOURNAL_FILE, JournalError
 from src.tools.rag_tools.migration.faiss_store import (
@@ -512,6 +512,26 @@ def test_processes_save_in_turn_and_lose_nothing_of_each_other(opened: Open, dir
     saved = {legacy_chunk_id(name) for name in opened_by_langchain(directory)}
     assert {chunk.id for document_id in (7, 8, 9) for chunk in made_chunks(document_id)} < saved
     assert len(saved) == len(IDS) + 6
+
+
+def test_who_ends_while_another_saves_waits_and_saves_what_that_one_had_not_seen(
+    opened: Open, directory: Path, legacy: Any
+) -> None:
+    store = opened()
+    store.upsert(ANN, 7, made_chunks(7))
+    with ThreadPoolExecutor(1) as threads, locked(directory / "save.lock", wait=False):
+        saving = threads.submit(store.save_in_turn)
+        while not waits_for_a_lock(directory / "save.lock"):
+            assert not saving.done()
+    saved = saving.result()
+    assert saved == store.save()
+    assert {str(chunk.id) for chunk in made_chunks(7)} < set(opened_by_langchain(directory))
+
+
+def waits_for_a_lock(path: Path) -> bool:
+    """Whether somebody waits for `flock` on the file, as the kernel tells."""
+    inode = f":{path.stat().st_ino} "
+    return any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def test_on_top_of_what_the_old_release_wrote_the_journal_is_applied_by_id(

@@ -360,6 +360,13 @@ def test_one_process_saves_at_a_time(directory: Path) -> None:
     assert list(opened_by_langchain(directory)) == ["a"]
 
 
+def test_who_had_read_less_of_the_journal_does_not_save_over_who_had_read_more(directory: Path) -> None:
+    more = save(directory, "a", "b", position=2)
+    assert save(directory, "a", position=1) == more
+    assert list(opened_by_langchain(directory)) == ["a", "b"]
+    assert save(directory, "a", "c", position=3).number == more.number + 1
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("kilobytes", [1, 8, 100, 240])
 def test_a_full_disk_leaves_what_was_saved_and_no_leftovers(directory: Path, legacy: bool, kilobytes: int) -> None:

@@ -140,6 +140,7 @@ def save_generation(
 ) -> Generation:
     """Writes `content` as the new pair of `directory` and returns its manifest.
 
+    Where another process has saved more of the journal meanwhile, its generation stays and is returned.
     `seen`: the stamp of the files that `content` was made from. Raises SaveInProgressError,
     ChangingError where the old release has written since, SaveFailedError where the disk is full;
     the old pair then is as it was.
@@ -147,6 +148,8 @@ def save_generation(
     host = host or this_host()
     with _saving(directory):
         _refuse_unseen(directory, seen)
+        if (newer := _saved_beyond(directory, journal_position)) is not None:
+            return newer
         generations.remove_old(directory)
         if _has_plain(directory):
             _adopt(directory, host, now)
@@ -160,7 +163,20 @@ def save_generation(
         return Generation.read(folder_of(directory, number))
 
 
+def wait_for_saver(directory: Path) -> None:
+    """Returns once nobody is saving."""
+    with _saving(directory, wait=True):
+        pass
+
+
 # -- the new generation
+
+
+def _saved_beyond(directory: Path, journal_position: int) -> Generation | None:
+    generation = generations.current_generation(directory)
+    if generation is None or generation.journal_position <= journal_position or old_release_wrote(directory):
+        return None
+    return generation
 
 
 def _write_content(folder: Path, content: Content) -> dict[str, FileRecord]:

@@ -301,6 +301,14 @@ class FaissStore:
             self._begin_anew()
         return saved
 
+    def save_in_turn(self) -> Generation:
+        """`save` after whoever is saving; for a process that ends, whose last writes nobody else may have saved."""
+        while True:
+            try:
+                return self.save()
+            except faiss_files.SaveInProgressError:
+                faiss_files.wait_for_saver(self.directory)
+
     def _copied_index(self, memory: Memory, positions: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
         """In slices, so that searches come in between; a position never changes what it holds."""
         index = Content.empty().index

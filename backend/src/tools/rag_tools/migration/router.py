@@ -22,6 +22,7 @@ from src.tools.rag_tools.documents import Document, Documents
 from src.tools.rag_tools.migration import failover, ledger, metrics
 from src.tools.rag_tools.migration.breaker import Breaker
 from src.tools.rag_tools.migration.evidence import Read
+from src.tools.rag_tools.migration.faiss_files import SaveInProgressError
 from src.tools.rag_tools.migration.faiss_store import FaissStore, Owner, Owners
 from src.tools.rag_tools.migration.flags import (
     Flags,
@@ -120,7 +121,7 @@ class Router(Documents):
         self.shadow.close()
         self._secondary.shutdown(wait=True)
         if self._loops:
-            self.save_faiss()
+            self.save_faiss(self.stores.faiss.save_in_turn)
         self.flags.leave()
         self.stores.faiss.close()
 
@@ -172,12 +173,14 @@ class Router(Documents):
         self.settler.run(limit=200, stop=self._closing.is_set)
         self._resume_deletes()
 
-    def save_faiss(self) -> None:
+    def save_faiss(self, save: Callable[[], object] | None = None) -> None:
         """Fold the journal into the files that LangChain opens, where the stage writes FAISS."""
         if Store.FAISS not in ROUTING[self.flags.view().stage].writes:
             return
         try:
-            self.stores.faiss.save()
+            (save or self.stores.faiss.save)()
+        except SaveInProgressError:
+            log.info("faiss.save.left")  # to the process that is at it
         except StoreError as error:
             log.error("faiss.save.failed", error=str(error))
 
