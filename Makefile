@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test seeds lint serve lock clean
+.PHONY: help setup rehearse test load seeds lint serve lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ test: $(INSTALLED) ## run every test
 
 seeds: $(INSTALLED) ## put known bugs into copies of the code, one by one; the state machine must find each
 	$(BIN)/python -m tests.integration.state_machine.seeds $(ARGS)
+
+load: export LOAD_SECONDS ?= 120
+load: $(INSTALLED) ## two minutes of load across a ramp, a restart and a rollback (LOAD_SECONDS, LOAD_SEED)
+	$(BIN)/python -m pytest tests/acceptance/test_load.py $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy, strict
 	$(BIN)/ruff check .
