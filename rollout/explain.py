@@ -12,6 +12,7 @@ from rollout.control import Control
 from rollout.errors import UsageError
 from src.tools.rag_tools.migration.causes import Cause
 from src.tools.rag_tools.migration.stages import Store
+from src.tools.rag_tools.store import Chunk, vector_hash
 
 DIFF = "SELECT id, at, cause, user_id, event FROM shadow_diffs WHERE id = %s"
 HELD = """
@@ -75,7 +76,7 @@ def explain(control: Control, diff_id: int) -> dict[str, Any]:
         },
         "chunks": [asdict(place) for place in places],
         "ledger": {document: _ledger(control, document) for document in documents},
-        "proof": proof(cause, diff["user_id"], places),
+        "proof": [*_drift(control, diff["user_id"], places), *proof(cause, diff["user_id"], places)],
         "mend": MENDS[cause],
     }
 
@@ -92,7 +93,28 @@ def proof(cause: Cause, user_id: int, places: list[Place]) -> list[str]:
                 found.append(f"{place.chunk_id}: {store} gives it to user {owner}, the question was user {user_id}'s")
     if not found and alone:
         return ["both stores hold every chunk for this user now: it was settled since, or the scan was not exact"]
-    return found or ["both answers hold the same chunks"] if cause is not Cause.ERROR else ["the store did not answer"]
+    return found or ["both answers name the same chunks"] if cause is not Cause.ERROR else ["the store did not answer"]
+
+
+def _drift(control: Control, user_id: int, places: list[Place]) -> list[str]:
+    """The chunks of both answers that the stores hold differently now."""
+    both = {place.chunk_id: place.document_id for place in places if place.served_rank and place.shadow_rank}
+    found = []
+    for document in sorted({each for each in both.values() if each is not None}):
+        new = {str(chunk.id): chunk for chunk in control.router.pgvector.document(user_id, document)}
+        for old in control.faiss.document(document):
+            if str(old.id) in both and (held := new.get(str(old.id))) is not None:
+                found += [f"{old.id}: {how}" for how in _differences(old, held)]
+    return found
+
+
+def _differences(old: Chunk, new: Chunk) -> list[str]:
+    found = []
+    if old.content_sha256 != new.content_sha256:
+        found.append("its text in faiss is not its text in pgvector")
+    if vector_hash(old.vector) != vector_hash(new.vector):
+        found.append(f"its vectors differ, their cosine is {float(old.vector @ new.vector):.6f}")
+    return found
 
 
 def _places(control: Control, user_id: int, event: dict[str, Any]) -> list[Place]:
