@@ -1,4 +1,4 @@
-"""What on-call reads before a step back: whether FAISS holds everything, what is lost, what reopens.
+"""What on-call reads before a step back: whether FAISS holds everything, what is lost, how long it takes, what reopens.
 
 Reads the ledger and the directory; changes nothing.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rollout.control import Control
-from rollout.transitions import Target, owed_entries, set_aside
+from rollout.transitions import Instance, Target, fleet, laggards, owed_entries, set_aside
 from src.tools.rag_tools.migration.faiss_files import old_release_wrote
 from src.tools.rag_tools.migration.faiss_generations import current_generation
 from src.tools.rag_tools.migration.flags import View
+from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import ROUTING, Store
 
 UNFINISHED = "SELECT count(*) FROM documents WHERE status IN ('received', 'indexing')"
@@ -26,8 +27,10 @@ def way_back(control: Control, view: View, target: Target) -> Iterator[str]:
         owed, aside = owed_entries(connection, Store.FAISS), set_aside(connection, Store.FAISS)
         unfinished = _number(connection.execute(UNFINISHED).fetchone())
         nobodys = _number(connection.execute(NOBODYS).fetchone())
+        running = [each for each in fleet(connection) if each.silent < control.profile.dead_seconds]
     yield from _owed(owed, aside, joining=Store.FAISS not in before.writes)
     yield _lost(aside, unfinished)
+    yield _arrival(running, laggards(running, view.transition_id, control.profile), control.profile.dead_seconds)
     yield _saved(control, nobodys)
 
 
@@ -50,6 +53,20 @@ def _lost(aside: list[int], unfinished: int) -> str:
     if aside:
         return f"lost until they are mended: {len(aside)} entries that FAISS does not have{waiting}"
     return f"nothing is lost by the step{waiting}; the evidence of the present step does not count again"
+
+
+def _arrival(running: list[Instance], late: list[Instance], dead_seconds: float) -> str:
+    """A process takes a step over at its second poll at the latest, unless a request holds it up."""
+    if late:
+        return f"no step is taken before these act on the present one: {', '.join(map(str, late))}"
+    if not running:
+        return "no backend process runs: the step is in force at once"
+    seconds = 2 * migration_settings.POLL_SECONDS
+    told = f"{len(running)} backend processes act on it within about {seconds:.0f} seconds and the end of their requests"
+    silent = max(running, key=lambda each: each.silent)
+    if silent.silent <= seconds:
+        return told
+    return f"{told}; {silent} is waited for until it is heard, {dead_seconds - silent.silent:.0f} seconds at most"
 
 
 def _saved(control: Control, nobodys: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -520,6 +521,29 @@ def test_what_a_dry_rollback_says_is_true(
             connection.execute("UPDATE vector_ledger SET state = 'aside' WHERE store = 'faiss'")
         assert "1 of them were set aside (document 1)" in notes_of(made)
     assert stages(configured_database)[-1] == (3, "rampdown")
+
+
+def test_a_dry_rollback_says_how_long_it_takes_until_every_process_acts_on_it(
+    made: Control, configured_database: Any
+) -> None:
+    add = (
+        "INSERT INTO rollout_instances (instance, host, pid, transition_id, seen_at)"
+        " VALUES (gen_random_uuid(), %s, 17, %s, now() - make_interval(secs => %s))"
+    )
+    to_stage(configured_database, Stage.DUALWRITE)
+    assert "no backend process runs: the step is in force at once" in notes_of(made)
+    with configured_database.connect(autocommit=True) as connection:
+        connection.execute(add, ("gone", 1, 61))
+        connection.execute(add, ("fresh", 2, 0))
+        assert "1 backend processes act on it within about 2 seconds" in notes_of(made)
+        assert "waited for" not in notes_of(made)
+        connection.execute(add, ("silent", 2, 20))
+        found = re.search(r"; silent:17 .* is waited for until it is heard, (\d+) seconds at most", notes_of(made))
+        assert found is not None
+        assert 0 < int(found[1]) <= 40
+        connection.execute(add, ("late", 1, 0))
+        notes = notes_of(made)
+        assert "no step is taken before these act on the present one: late:17 (acts on transition 1" in notes
 
 
 def notes_of(made: Control) -> str:
