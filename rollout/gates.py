@@ -46,9 +46,9 @@ Check = Callable[[], Criterion]
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The answered criteria of a step."""
+    """The answered criteria of a step, or of what comes after the last one."""
 
-    target: Target
+    target: Target | str
     criteria: Sequence[Criterion] = field(default_factory=tuple)
 
     @property
@@ -85,7 +85,7 @@ class Gate:
         }
 
 
-def evaluate(target: Target, checks: Mapping[str, Check], overrides: Mapping[str, str]) -> Gate:
+def evaluate(target: Target | str, checks: Mapping[str, Check], overrides: Mapping[str, str]) -> Gate:
     """Answer every check; one that errs is inconclusive.
 
     Raises UsageError for an override of no criterion, or without a reason.

@@ -13,6 +13,7 @@ from rollout.evidence_checks import farewell_checks, settled_checks, traffic_che
 from rollout.gates import Check, Gate, evaluate, require
 from rollout.hold import require_free
 from rollout.install_checks import install_checks
+from rollout.removal_checks import removal_gate
 from rollout.transitions import (
     Instance,
     StillOwedError,
@@ -68,7 +69,7 @@ class Stepped:
 def forward(control: Control, view: View) -> Target:
     target = next_target(view, control.profile)
     if target is None:
-        raise RefusedError(f"{view.stage} is the last stage; what is left is to remove FAISS")
+        raise RefusedError(f"{view.stage} is the last stage; what is left is `rollout remove-faiss`")
     return target
 
 
@@ -85,7 +86,9 @@ def check(
 
 
 def check_forward(control: Control, view: View, target: Target | None, *, acknowledged: int | None = None) -> Gate:
-    """`check` of one step forward. Raises RefusedError for a target that is none."""
+    """`check` of one step forward, or of the removal after the last. Raises RefusedError for a target that is none."""
+    if target is None and next_target(view, control.profile) is None:
+        return removal_gate(control, view)
     return check(control, view, _forward_only(control, view, target), acknowledged=acknowledged)
 
 

@@ -12,6 +12,7 @@ from rollout.control import Control
 from rollout.errors import RolloutError, UsageError
 from rollout.explain import explain
 from rollout.gates import Gate, evaluate
+from rollout.removal_checks import removal_gate
 from rollout.report import queries
 from rollout.report.data import SPANS, Difference, Report, Series, Span
 from rollout.status import status
@@ -69,7 +70,7 @@ def named(name: str) -> Span:
 def _gate(control: Control, view: View) -> tuple[Gate | None, dict[str, str]]:
     target = next_target(view, control.profile)
     if target is None:
-        return None, {}
+        return removal_gate(control, view), {}
     _follow_owners(control)
     checks = GATES[target.stage](control, view, None)
     asked = {name: check for name, check in checks.items() if name not in LEFT_OUT}

@@ -47,10 +47,11 @@ WITH latest AS (
 ), written AS (
     SELECT jsonb_array_elements_text(%(writes)s::jsonb -> stage) AS store FROM latest
 ), beat AS (
-    INSERT INTO rollout_instances (instance, host, pid, transition_id, halted)
-    VALUES (%(instance)s, %(host)s, %(pid)s, %(acts_on)s, %(halted)s)
+    INSERT INTO rollout_instances (instance, host, pid, transition_id, halted, without_faiss)
+    VALUES (%(instance)s, %(host)s, %(pid)s, %(acts_on)s, %(halted)s, %(without_faiss)s)
     ON CONFLICT (instance) DO UPDATE
-    SET transition_id = excluded.transition_id, halted = excluded.halted, seen_at = clock_timestamp()
+    SET transition_id = excluded.transition_id, halted = excluded.halted,
+        without_faiss = excluded.without_faiss, seen_at = clock_timestamp()
 ), counted AS (
     INSERT INTO rollout_counts (transition_id, since, name, count)
     SELECT %(acts_on)s, date_bin('10 seconds', clock_timestamp(), 'epoch'), key, value::bigint
@@ -234,12 +235,14 @@ class Flags:
         with self._lock:
             begun, acts_on, halted = Begun(self._sequence, self.clock()), self._acts_on(), self._halted
             counts, self._counts = self._counts, Counter()
+            without_faiss = self._without_faiss(acts_on)
         parameters = {
             "instance": self.instance,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "acts_on": acts_on,
             "halted": halted,
+            "without_faiss": without_faiss,
             "writes": WRITES,
             "counts": json.dumps(counts),
         }
@@ -249,9 +252,10 @@ class Flags:
         except StoreError as error:
             with self._lock:
                 self._counts += counts
-            if isinstance(error.__cause__, psycopg.errors.UndefinedTable):
+            if isinstance(error.__cause__, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn):
                 raise FlagsUnknownError(
-                    "the migration's tables are missing; run `alembic upgrade head` with DATABASE_ADMIN_URL set"
+                    "the migration's tables are missing or older than this release; run `alembic upgrade head` with"
+                    " DATABASE_ADMIN_URL set"
                 ) from error
             raise
         if row is None:
@@ -293,6 +297,13 @@ class Flags:
     def _acts_on(self) -> int:
         adopted = [] if self._view is None else [self._view.transition_id]
         return min([*adopted, *self._in_flight], default=0)
+
+    def _without_faiss(self, acts_on: int) -> bool:
+        """Whether nothing that this process does, requests in flight included, asks or writes FAISS."""
+        if self._view is None or self._view.transition_id != acts_on:
+            return False
+        routing = ROUTING[self._view.stage]
+        return Store.FAISS not in routing.reads + routing.writes
 
     def _parse(self, begun: Begun, row: tuple[object, ...]) -> View:
         """Without the lock: a provider may take its time over the sample rate, and requests go on meanwhile."""
