@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from src.utils.file_lock import Mode, acquire, holding
-from tests.support.fault_table import pytest_terminal_summary  # noqa: F401  a hook, by its name
+from tests.support.fault_table import pytest_terminal_summary  # noqa: F401  a hook, by its name  # migration
 
 if TYPE_CHECKING:
     from src.embedded import EmbeddedServer

@@ -151,10 +151,12 @@ def _not_postgres(url: str) -> DatabaseError:
             f"{hide_password(url)!r} names a database that is not supported;"
             " set DATABASE_URL to postgresql://... or embedded:PATH"
         )
+    advice = "set DATABASE_URL to postgresql://... or embedded:PATH"
+    # migration
+    advice += f", then run `rollout import-sql {hide_password(url)}` to move what the old one holds"
+    # end of migration
     return DocumentsNeedPostgresError(
-        f"documents need PostgreSQL with pgvector, but the database is {hide_password(url)};"
-        " set DATABASE_URL to postgresql://... or embedded:PATH,"
-        f" then run `rollout import-sql {hide_password(url)}` to move what the old one holds"
+        f"documents need PostgreSQL with pgvector, but the database is {hide_password(url)}; {advice}"
     )
 
 

@@ -53,7 +53,7 @@ def prepare_settings(folder: Path) -> None:
         "DATABASE_ADMIN_URL": "",
         "DATABASE_ROLLOUT_URL": "",
         "UPLOAD_DIR": str(folder / "uploads"),
-        "FAISS_INDEX_PATH": str(folder / "faiss_index"),
+        "FAISS_INDEX_PATH": str(folder / "faiss_index"),  # migration
     }
     os.environ.setdefault("EMBEDDING_PROVIDER", "local")
 

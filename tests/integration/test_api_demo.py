@@ -21,7 +21,7 @@ ELSEWHERE = {
     "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/production",
     "DATABASE_ADMIN_URL": "postgresql://nobody@127.0.0.1:1/production",
     "UPLOAD_DIR": "/nowhere/uploads",
-    "FAISS_INDEX_PATH": "/nowhere/faiss_index",
+    "FAISS_INDEX_PATH": "/nowhere/faiss_index",  # migration
     "SECRET_KEY": "",
 }
 

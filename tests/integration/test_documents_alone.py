@@ -1,4 +1,4 @@
-"""Documents on PostgreSQL alone, as they are once FAISS has gone: what a crash leaves is finished by `resume`."""
+"""Documents on PostgreSQL alone: what a crash leaves is finished by `resume`."""
 
 from __future__ import annotations
 

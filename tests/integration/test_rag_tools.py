@@ -199,7 +199,7 @@ def test_status_says_whether_documents_can_be_served(configured_database: Any, f
 
 def test_on_sqlite_documents_say_what_they_need(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "DATABASE_URL", "sqlite:///victus.db")
-    with pytest.raises(DocumentsNeedPostgresError, match="rollout import-sql"), rag_tools.lifespan(HashEmbeddings()):
+    with pytest.raises(DocumentsNeedPostgresError, match="embedded:PATH"), rag_tools.lifespan(HashEmbeddings()):
         pass
     with acting_as(1):
         answer = rag_tools.query_uploaded_documents("anything")

@@ -328,6 +328,7 @@ def test_bulk_work_may_copy_and_the_backend_may_not(database: Any, app: psycopg.
         assert bulk.execute("SELECT count(*) FROM document_chunks").fetchone() == (4,)
 
 
+# migration
 # -- what a cause may ask across users
 
 
@@ -366,6 +367,7 @@ def test_the_function_is_not_misled_by_a_callers_own_tables(app: psycopg.Connect
     assert app.execute("SELECT chunk_owner(%s)", (planted,)).fetchone() == (None,)
 
 
+# end of migration
 def _backend(pool: Pool) -> int:
     with pool.connection() as connection:
         return connection.info.backend_pid

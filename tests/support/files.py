@@ -13,7 +13,7 @@ import fpdf
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import EncodedStreamObject, NameObject
 
-FIRST = "The ledger says, for every document, what should be there and whether it is. "
+FIRST = "The record says, for every document, what should be there and whether it is. "
 SECOND = "Ein Zug fährt um 8:15 nach Zürich; der Kaffee kostet 3 €... "
 
 

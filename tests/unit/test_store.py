@@ -50,6 +50,7 @@ def test_neighbouring_numbers_are_not_confused() -> None:
     assert store.chunk_id(1, 23, "a") != store.chunk_id(12, 3, "a")
 
 
+# migration
 def test_a_legacy_id_that_is_a_uuid_is_kept() -> None:
     known = uuid.UUID("0b0e0ad4-54bd-4a3b-b3c8-6e0a54b1f5a5")
     assert store.legacy_chunk_id(str(known)) == known
@@ -62,6 +63,9 @@ def test_any_other_legacy_id_gets_a_uuid_of_its_own(docstore_id: str) -> None:
     assert made.version == 5
     assert made == store.legacy_chunk_id(docstore_id)
     assert made != store.legacy_chunk_id(docstore_id + " ")
+
+
+# end of migration
 
 
 def test_the_content_hash_is_sha256_of_utf8() -> None:

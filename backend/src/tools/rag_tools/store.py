@@ -1,4 +1,4 @@
-"""What a chunk is and what a vector store does: the one seam that FAISS' removal needs.
+"""What a chunk is and what a vector store does: the seam between the life of documents and where chunks lie.
 
 Chunk ids and hashes are computed here and nowhere else, so both stores name and verify a chunk alike.
 """
@@ -108,12 +108,16 @@ def chunk_id(document_id: int, ordinal: int, content: str) -> uuid.UUID:
     return uuid.uuid5(CHUNK_NAMESPACE, f"{document_id}:{ordinal}:{content_hash(content).hex()}")
 
 
+# migration
 def legacy_chunk_id(docstore_id: str) -> uuid.UUID:
     """The docstore id itself where it is a UUID, else UUIDv5 of it."""
     try:
         return uuid.UUID(docstore_id)
     except ValueError:
         return uuid.uuid5(CHUNK_NAMESPACE, f"docstore:{normalise_text(docstore_id)}")
+
+
+# end of migration
 
 
 def normalise_text(text: str) -> str:
