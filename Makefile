@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test load seeds lint serve lock clean
+.PHONY: help setup test lint serve lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,18 +18,24 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(INSTALLED)
 
+# migration
+.PHONY: rehearse load seeds remove-check
 rehearse: $(INSTALLED) ## rehearse the whole migration on a made installation (LEGACY=DIR: on a copy of yours)
 	$(BIN)/rollout rehearse $(if $(LEGACY),--legacy $(LEGACY))
-
-test: $(INSTALLED) ## run every test
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
-
-seeds: $(INSTALLED) ## put known bugs into copies of the code, one by one; the state machine must find each
-	$(BIN)/python -m tests.integration.state_machine.seeds $(ARGS)
 
 load: export LOAD_SECONDS ?= 120
 load: $(INSTALLED) ## two minutes of load across a ramp, a restart and a rollback (LOAD_SECONDS, LOAD_SEED)
 	$(BIN)/python -m pytest tests/acceptance/test_load.py $(ARGS)
+
+seeds: $(INSTALLED) ## put known bugs into copies of the code, one by one; the state machine must find each
+	$(BIN)/python -m tests.integration.state_machine.seeds $(ARGS)
+
+remove-check: $(INSTALLED) ## take FAISS out of a copy, and lint and test what is left without its packages
+	$(BIN)/rollout remove-faiss --check
+# end of migration
+
+test: $(INSTALLED) ## run every test
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy, strict
 	$(BIN)/ruff check .
@@ -40,7 +46,7 @@ serve: $(INSTALLED) ## the backend on an embedded PostgreSQL, with a demonstrati
 	$(BIN)/python -m src.demo
 
 lock: ## write requirements.lock anew from pyproject.toml (needs uv)
-	uv pip compile pyproject.toml --extra faiss --extra local --extra dev --python-version 3.11 \
+	uv pip compile pyproject.toml --all-extras --python-version 3.11 \
 	    --generate-hashes --no-header --no-emit-index-url --output-file requirements.lock
 
 clean: ## remove .venv and what tools left

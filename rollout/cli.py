@@ -12,7 +12,15 @@ from io import TextIOWrapper
 import typer
 from typer.exceptions import TyperException
 
-from rollout import commands_evidence, commands_owners, commands_report, commands_setup, commands_steps, commands_stores
+from rollout import (
+    commands_evidence,
+    commands_owners,
+    commands_removal,
+    commands_report,
+    commands_setup,
+    commands_steps,
+    commands_stores,
+)
 from rollout.logs import log_to
 from rollout.output import UNEXPECTED, fail
 
@@ -35,6 +43,7 @@ instances = typer.Typer(no_args_is_help=True, help="The backend processes that t
 
 LOOK, STEP = "Look: where are we?", "Step: one stage on or back, or keep still"
 STORES, BEFORE = "Stores: bring over, settle, compare, save", "Before: adopt the old installation"
+END = "The end: keep what FAISS held, and take it out"
 
 # In the order in which they are met, so that the help can be read like a way.
 COMMANDS = (
@@ -56,6 +65,8 @@ COMMANDS = (
     (STORES, "verify", commands_stores.verify, "rollout verify --repair --execute"),
     (STORES, "save-faiss", commands_stores.save_faiss, "rollout save-faiss --execute"),
     (STORES, "recover", commands_evidence.recover, "rollout recover --execute"),
+    (END, "archive", commands_removal.archive, "rollout archive faiss.tar --restore restored --execute"),
+    (END, "remove-faiss", commands_removal.remove_faiss, "rollout remove-faiss --tree . --check"),
 )
 OF_QUARANTINE = (
     ("list", commands_owners.quarantine_list, "rollout quarantine list --csv decisions.csv"),

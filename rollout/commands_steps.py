@@ -34,7 +34,7 @@ def status(as_json: Json = False) -> None:
 
 
 def check(to: To = None, percent: Percent = None, acknowledge: Acknowledge = None, as_json: Json = False) -> None:
-    """May I go on? The gate of the next step: each criterion with value, threshold and what to do.
+    """May I go on? The gate of the next step, after the last one of the removal: value, threshold and what to do.
 
     Changes nothing, but for a sentinel document that is written through both stores and deleted again.
     Exit code 0: it passes; 3: it fails; 4: evidence is missing or too old; 5: a precondition is missing.
@@ -48,7 +48,7 @@ def check(to: To = None, percent: Percent = None, acknowledge: Acknowledge = Non
             view = made.view()
             target = named_target(to, percent, view.stage, next_target(view, made.profile))
             gate = steps.check_forward(made, view, target, acknowledged=acknowledge)
-        say(Answer("check", gate.as_dict(), _gate_text(gate), gate.exit_code), as_json)
+        say(Answer("check", gate.as_dict(), gate_text(gate), gate.exit_code), as_json)
 
 
 def advance(
@@ -145,7 +145,7 @@ def instances_forget(
         say(Answer("instances forget", {"executed": execute, **gone}, [text]), as_json)
 
 
-def _gate_text(gate: Gate) -> list[Any]:
+def gate_text(gate: Gate) -> list[Any]:
     rows = [[each.name, each.value, each.threshold, each.verdict] for each in gate.criteria]
     if not rows:
         return [f"no gate stands before {gate.target}"]
@@ -154,7 +154,7 @@ def _gate_text(gate: Gate) -> list[Any]:
 
 
 def _stepped_text(stepped: Stepped) -> list[Any]:
-    text = [*(_gate_text(stepped.gate) if stepped.gate.criteria else []), *stepped.notes]
+    text = [*(gate_text(stepped.gate) if stepped.gate.criteria else []), *stepped.notes]
     if stepped.transition_id is None:
         return [*text, f"would go to {stepped.target}; add --execute to go"]
     text.append(f"transition {stepped.transition_id}: {stepped.target}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rollout.removal import ALONE, ROUTED, SEAM
 from src.database import Role
 from src.tools.rag_tools.migration.stages import Stage
 from tests.support import small
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.migration
 COMMANDS = (
     "status", "check", "advance", "rollback", "import-sql", "assign-owners", "backfill", "settle", "verify", "diffs",
     "save-faiss", "rehearse", "quarantine list", "quarantine assign", "quarantine discard", "instances list",
-    "instances forget",
+    "instances forget", "archive", "remove-faiss",
 )  # fmt: skip
 NO_MODEL = ("--override", "model=the test has no model")
 
@@ -101,6 +102,8 @@ def test_no_command_changes_anything_until_told_to(commands: Commands, filled: S
         (("settle", "--retry-aside"), 0),
         (("diffs",), 0),
         (("save-faiss",), 0),
+        (("archive", "faiss.tar"), 0),
+        (("archive", "faiss.tar", "--restore", "restored"), 0),
         (("quarantine", "list", "--discarded"), 0),
         (("quarantine", "assign", listed[0]["name"], str(listed[0]["candidates"][0]["document_id"])), 0),
         (("quarantine", "discard", listed[1]["name"], "--reason", "nobody misses it"), 0),
@@ -320,6 +323,52 @@ def test_diffs_are_counted_by_cause_and_the_newest_are_listed(commands: Commands
     assert [row["cause"] for row in rollout("diffs", "--cause", "match", "--json").json["rows"]] == ["match"]
     assert rollout("diffs", "--transition", "1", "--json").json["comparisons"] == 0
     assert "missing_in_pgvector" in rollout("diffs", "--limit", "1").out
+
+
+# -- the end
+
+
+@pytest.fixture
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with a file that goes and the line that changes."""
+    place = tmp_path_factory.mktemp("tree")
+    (place / "rollout").mkdir()
+    (place / "rollout" / "cli.py").write_text("faiss\n")
+    (place / SEAM).parent.mkdir(parents=True)
+    (place / SEAM).write_bytes(ROUTED)
+    (place / SEAM).with_name("documents.py").touch()
+    (place / "requirements.lock").touch()
+    (place / "pyproject.toml").write_text("[project]\ndependencies = []\n")
+    for arguments in (("init", "--quiet"), ("add", "--all"), ("commit", "--quiet", "--message", "all")):
+        identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        subprocess.run(["git", "-C", place, *identity, *arguments], check=True)
+    return place
+
+
+def test_faiss_is_archived_and_removed_through_the_last_gate_only(
+    commands: Commands, filled: Small, tree: Path
+) -> None:
+    rollout = on(commands, filled)
+    shown = rollout("remove-faiss", "--tree", str(tree), "--json").json
+    assert (shown["executed"], shown["difference"][-1]) == (False, "deleted: rollout/cli.py")
+    remove = ("remove-faiss", "--tree", str(tree), "--execute", "--json")
+    assert "stage is dualwrite" in rollout(*remove, code=5).json["error"]
+    stage(filled, (Stage.COMPLETE, 100))
+    with router_on(filled.database, filled.folder) as router:
+        router.refresh()
+        assert "written in this stage" in rollout(*remove, code=4).json["error"]
+        rollout("archive", "faiss.tar", "--execute")
+        restored = rollout("archive", "faiss.tar", "--restore", "restored", "--execute", "--json").json
+        assert (restored["differences"], restored["recorded"]) == (0, True)
+        told = rollout("check", "--json", code=4).json
+        lacking = [each["name"] for each in told["criteria"] if each["verdict"] != "pass"]
+        assert (told["to"], lacking) == ("removal", ["soak"]), "all but a week"
+        assert "remove-faiss" in rollout("advance", "--json", code=3).json["error"]
+        assert (tree / "rollout" / "cli.py").exists()
+        rollout(*remove, "--override", "soak=the test has no week")
+    assert not (tree / "rollout").exists()
+    assert (tree / SEAM).read_bytes() == ALONE
+    assert "does not import the router" in rollout("remove-faiss", "--tree", str(tree), "--json", code=3).json["error"]
 
 
 # -- whose chunks
