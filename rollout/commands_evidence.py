@@ -86,7 +86,8 @@ def recover(execute: Execute = False, as_json: Json = False) -> None:
             f"PostgreSQL has document ids up to {report.postgres.document} and transition {report.postgres.transition};"
             f" FAISS saw {report.journal.document} and {report.journal.transition}",
             f"{restored} {len(report.restored)} documents, {repeated} {len(report.deleted)} deletions;"
-            f" {len(report.ownerless)} belong to users who are gone too" + ("" if execute else "; add --execute to do it"),
+            f" {len(report.ownerless)} belong to users who are gone too"
+            + ("" if execute else "; add --execute to do it"),
         ]
         if report.transition is not None:
             text.append(f"transition {report.transition} goes on after the lost ones; restart every backend process")

@@ -185,7 +185,7 @@ def _stores(name: str | None) -> list[Store] | None:
 
 def _without_lists(row: dict[str, Any]) -> dict[str, Any]:
     """Both answers fill a screen; `rollout explain` has them, and --json."""
-    return {name: value for name, value in row.items() if not isinstance(value, list)}
+    return {name: value for name, value in row.items() if name not in ("served", "shadow")}
 
 
 def _rows_table(title: str, rows: list[dict[str, Any]]) -> Any:

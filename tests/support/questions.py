@@ -30,6 +30,10 @@ FAILED = """
 UPDATE vector_ledger SET attempts = 6, last_error = 'OSError: [Errno 28] No space left on device'
 WHERE store = 'pgvector' AND state = 'owed'
 """
+STEP = """
+INSERT INTO rollout_transitions (id, stage, read_percent, read_threshold, shadow_sample_rate, actor, reason)
+SELECT max(id) + 1, %s, %s, %s, 1, 'ben', 'as agreed' FROM rollout_transitions
+"""
 SILENT = """
 INSERT INTO rollout_instances (instance, host, pid, transition_id, seen_at)
 VALUES ('3f2a91c0-5b1d-4e6e-9a55-0c8f6f1d2b47', 'app-2', 4711, 1, clock_timestamp() - interval '40 seconds')
@@ -46,7 +50,9 @@ def planted_on(made: Small, *steps: tuple[Stage, int]) -> Iterator[Planted]:
             planted.add(user, [planted.unit() for _ in range(3)])
         planted.settle_down()
         for stage, percent in steps:
-            planted.to(stage, percent)
+            planted.as_owner(STEP, stage, percent, percent)
+            planted.router.refresh()
+            planted.router.refresh()
         yield planted
 
 

@@ -167,6 +167,17 @@ def test_the_guide_lists_the_alerts_with_their_urgency_and_their_section() -> No
     }
 
 
+def test_the_runbook_begins_with_the_alert_and_leads_to_the_same_section() -> None:
+    page = (ROOT / "RUNBOOK.md").read_text(encoding="utf-8")
+    table = page.partition("## What now?")[2].partition("\n## ")[0]
+    led = {
+        name: f"RUNBOOK.md#{anchor}"
+        for row, anchor in re.findall(r"^\| (.*) \| \[.*\]\(#(\S+)\) \|$", table, re.MULTILINE)
+        for name in re.findall(r"`(Rollout\w+)`", row)
+    }
+    assert led == {name: rule["annotations"]["runbook"] for name, rule in ALERTS.items()}
+
+
 def test_the_guide_lists_the_metrics_with_their_labels() -> None:
     listed = {
         name: set(re.findall(r"`(\w+)`", labels))
