@@ -49,6 +49,15 @@ REMOVE = """
 DELETE FROM document_chunks c USING unnest(%s::int[], %s::int[]) AS owed (user_id, document_id)
 WHERE c.user_id = owed.user_id AND c.document_id = owed.document_id
 """
+# Of those who are giants by now: a first backfill makes nobody one before its end.
+KEEP_HALVES = """
+INSERT INTO chunk_halves (user_id, id, half)
+SELECT c.user_id, c.id, c.embedding::halfvec(1536)
+FROM unnest(%s::int[], %s::int[]) AS owed (user_id, document_id)
+JOIN giant_users USING (user_id)
+JOIN document_chunks c ON c.user_id = owed.user_id AND c.document_id = owed.document_id
+ON CONFLICT (user_id, id) DO NOTHING
+"""
 DONE = """
 UPDATE vector_ledger SET state = 'done', last_error = NULL, changed_at = clock_timestamp()
 WHERE document_id = ANY (%s) AND store = 'pgvector'
@@ -146,6 +155,7 @@ def copy_batch(
         with faults.point("backfill.copy"):
             connection.execute(REMOVE, (users, numbers))
             batch = _send(connection, faiss, owed, chunks)
+            connection.execute(KEEP_HALVES, (users, numbers))
         with faults.point("backfill.done"):
             connection.execute(DONE, ([each.document_id for each in batch.documents],))
         return batch

@@ -25,6 +25,7 @@ from rollout.errors import RefusedError
 from rollout.repair import repair
 from rollout.verify import verify
 from src.database import Role
+from src.tools.rag_tools.giants import make_giant
 from src.tools.rag_tools.migration import ledger
 from src.tools.rag_tools.migration.faiss_store import FaissStore
 from src.tools.rag_tools.migration.ledger import State
@@ -188,6 +189,17 @@ def test_a_dry_run_says_what_would_be_copied_and_copies_nothing(pool: Pool, fais
     assert (dry.documents, dry.chunks, dry.bytes, dry.owners) == (
         wet.documents, wet.chunks, wet.bytes, wet.owners,
     )  # fmt: skip
+
+
+def test_who_is_a_giant_already_gets_the_copied_chunks_into_the_half_wide_copy_too(
+    database: Any, pool: Pool, faiss: FaissStore
+) -> None:
+    with database.connect(Role.APP, autocommit=True) as connection:
+        make_giant(connection, ADA)
+    run(pool, faiss)
+    with pool.connection() as connection:
+        copied = connection.execute("SELECT user_id, count(*) FROM chunk_halves GROUP BY user_id").fetchall()
+    assert copied == [(ADA, 21)]
 
 
 def test_running_again_changes_nothing(pool: Pool, faiss: FaissStore, legacy: LegacyIndex) -> None:

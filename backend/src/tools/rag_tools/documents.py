@@ -20,6 +20,7 @@ import structlog
 from src.tools.rag_tools import faults, kept
 from src.tools.rag_tools.chunking import DocumentUnreadableError, Piece, split
 from src.tools.rag_tools.embeddings import EmbeddingError, EmbeddingRefusedError, embed_query, embed_texts
+from src.tools.rag_tools.giants import LOOK_SECONDS
 from src.tools.rag_tools.pgvector_store import (
     Connection,
     PgvectorStore,
@@ -121,8 +122,10 @@ class Documents:
         with unavailable("start"), self.pool.connection() as connection:
             check_role(connection)
             check_extension(connection)
+            self.pgvector.giants.load(connection)
         if loops:
             self._loop("resume", RESUME_SECONDS, self.resume)
+            self._loop("giants", LOOK_SECONDS, self.look_for_giants)
 
     def close(self) -> None:
         """Stop the background loops; in-flight calls finish."""
@@ -243,6 +246,11 @@ class Documents:
             rows = connection.execute(OF_USER, (user_id,)).fetchall()
         for (document_id,) in rows:
             self.delete(user_id, document_id)
+
+    def look_for_giants(self) -> None:
+        """Learn whose searches go by the copy of their vectors, and make it where it is wanted. Raises StoreError."""
+        with unavailable("look for giants"):
+            self.pgvector.giants.look()
 
     # -- after a crash
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from src.tools.rag_tools.documents import Document, Documents
+from src.tools.rag_tools.giants import LOOK_SECONDS
 from src.tools.rag_tools.migration import failover, ledger, metrics
 from src.tools.rag_tools.migration.breaker import Breaker
 from src.tools.rag_tools.migration.evidence import Read
@@ -113,6 +114,7 @@ class Router(Documents):
             self._loop("poll", self.settings.POLL_SECONDS, self.refresh)
             self._loop("settle", self.settings.SETTLE_SECONDS, self.resume)
             self._loop("guard", self.settings.GUARD_SECONDS, self.guard.look)
+            self._loop("giants", LOOK_SECONDS, self.look_for_giants)
             self._loop("save", self.settings.SAVE_FAISS_SECONDS, self.save_faiss)
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from src.tools.rag_tools.migration.comparison import Comparison, compare
 from src.tools.rag_tools.migration.evidence import Read, Witness
 from src.tools.rag_tools.migration.settings import MigrationSettings
 from src.tools.rag_tools.migration.stores import Stores
-from src.tools.rag_tools.pgvector_store import SEARCH, PgvectorStore
+from src.tools.rag_tools.pgvector_store import SEARCH, SEARCH_GIANT, PgvectorStore
 from src.tools.rag_tools.store import Hit, StoreError
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ def fingerprint(k: int) -> str:
     """What must not change within one body of evidence: model, k, chunker, retrieval SQL. 16 hex digits."""
     parts = (
         backend_settings.EMBEDDING_PROVIDER, backend_settings.EMBEDDING_MODEL, k,
-        chunking.CHUNK_SIZE, chunking.CHUNK_OVERLAP, SEARCH,
+        chunking.CHUNK_SIZE, chunking.CHUNK_OVERLAP, SEARCH, SEARCH_GIANT,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -76,7 +76,9 @@ class Shadow:
         self.count = count
         self.clock = clock
         limit = int(settings.SHADOW_TIMEOUT_SECONDS * 1000)
-        self.stores = Stores(stores.faiss, PgvectorStore(stores.pgvector.pool, read_timeout_ms=limit))
+        pgvector = stores.pgvector
+        own = PgvectorStore(pgvector.pool, read_timeout_ms=limit, giants=pgvector.giants)
+        self.stores = Stores(stores.faiss, own)
         self.witness = Witness(self.stores, limit_ms=limit, clock=clock)
         self.drops = 0
         self.causes: Counter[Cause] = Counter()
