@@ -1,0 +1,1 @@
+"""What the project promises about time, measured beside the raw limit and the peers; `make bench`."""
