@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,9 @@ class Bench:
     """The database that the last backfill filled."""
     moved: Path = field(default_factory=Path)
     """The directory that it was filled from."""
+    moving_seconds: float = 0.0
+    peer_rows: int = 0
+    """So many rows PGVector has written itself."""
 
     @property
     def rounds(self) -> int:
@@ -93,6 +97,12 @@ class Bench:
         path = self.site.folder / "texts.jsonl"
         path.write_text("\n".join(texts(self)))
         return path
+
+    def clear(self) -> None:
+        """Drop what was loaded; the next size needs the room."""
+        self.site.server.drop_database(self.loaded)
+        for directory in (self.moved, self.legacy):
+            shutil.rmtree(directory)
 
     def peer_database(self) -> str:
         """A database for PGVector: its URL."""

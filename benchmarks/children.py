@@ -69,9 +69,7 @@ def load_local() -> dict[str, float]:
     from src.tools.rag_tools.migration.settings import migration_settings
 
     begun = time.perf_counter()
-    store = FAISS.load_local(
-        str(migration_settings.FAISS_INDEX_PATH), _Unused(), allow_dangerous_deserialization=True
-    )
+    store = FAISS.load_local(str(migration_settings.FAISS_INDEX_PATH), _Unused(), allow_dangerous_deserialization=True)
     return {"seconds": time.perf_counter() - begun, "chunks": store.index.ntotal}
 
 

@@ -36,7 +36,9 @@ class _Unused:
 def _store(url: str) -> Any:
     from langchain_postgres import PGVector
 
-    return PGVector(embeddings=_Unused(), collection_name=COLLECTION, connection=url, use_jsonb=True, create_extension=False)  # type: ignore[arg-type]
+    return PGVector(
+        embeddings=_Unused(), collection_name=COLLECTION, connection=url, use_jsonb=True, create_extension=False
+    )  # type: ignore[arg-type]
 
 
 def add(url: str, vectors: str, texts: str, count: int) -> float:
@@ -81,8 +83,8 @@ def _migrator(stage: str) -> tuple[Any, Any]:
 
 
 def _launchdarkly(stage: str, old: Callable[[Any], Any], new: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    from ldclient.migrations import ExecutionOrder, MigratorBuilder, Stage
     from ldclient import Result
+    from ldclient.migrations import ExecutionOrder, MigratorBuilder, Stage
 
     client, context = _migrator(stage)
     builder = MigratorBuilder(client)
@@ -94,7 +96,9 @@ def _launchdarkly(stage: str, old: Callable[[Any], Any], new: Callable[[Any], An
     return lambda row: migrator.read("move", context, default, row)
 
 
-def migrator_overhead(conninfo: str, statement: str, user_id: int, questions: str, rounds: int) -> dict[str, list[float]]:
+def migrator_overhead(
+    conninfo: str, statement: str, user_id: int, questions: str, rounds: int
+) -> dict[str, list[float]]:
     """Milliseconds of a raw read called directly, and through LaunchDarkly's migrator in `complete`."""
     from pgvector.psycopg import register_vector
 

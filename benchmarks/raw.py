@@ -59,7 +59,9 @@ def _texts(bench: Bench) -> Iterator[tuple[int, bytes, int, int, bytes, bytes]]:
             yield document.user_id, data.ids[at].bytes, document.id, ordinal, data.content(at).encode(), metadata
 
 
-def _block(vectors: np.ndarray[Any, np.dtype[np.float32]], rows: list[tuple[int, bytes, int, int, bytes, bytes]]) -> bytes:
+def _block(
+    vectors: np.ndarray[Any, np.dtype[np.float32]], rows: list[tuple[int, bytes, int, int, bytes, bytes]]
+) -> bytes:
     big_endian = vectors.astype(">f4")
     parts = []
     for vector, (user, id_, document, ordinal, content, metadata) in zip(big_endian, rows, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench import Bench, Row, ms, say, times
+from benchmarks.loading import peer_rate
 from benchmarks.raw import raw_search
 from benchmarks.timing import each, in_turn
 from src.database import Role, url_of
@@ -100,8 +101,12 @@ def _legacy_read(bench: Bench) -> list[float]:
 
 def _fill_peer(bench: Bench) -> None:
     """The rows that PGVector has not got by its own hand."""
+    if not bench.peer_rows:
+        peer_rate(bench)
     with bench.site.superuser(bench.loaded) as ours, bench.site.superuser("bench_peer") as peer:
-        peer.execute("CREATE UNLOGGED TABLE imported (id uuid, user_id int, content text, metadata jsonb, embedding vector)")
+        peer.execute(
+            "CREATE UNLOGGED TABLE imported (id uuid, user_id int, content text, metadata jsonb, embedding vector)"
+        )
         columns = "id, user_id, content, metadata, embedding"
         with (
             ours.cursor().copy(f"COPY document_chunks ({columns}) TO STDOUT (FORMAT BINARY)") as source,

@@ -6,7 +6,9 @@ the same command goes on from there. A settling process or a second backfill may
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from src.tools.rag_tools.pgvector_store import Connection, Pool, unavailable
 
 log = structlog.get_logger(__name__)
 
+STREAMS = 2
+"""PostgreSQL works on each with one process; a third no longer helps where it has two processors."""
 BATCH_CHUNKS = 2_000
 PAGE_DOCUMENTS = 500
 FIRST_DOCUMENTS = 20
@@ -73,15 +77,16 @@ def backfill(
     execute: bool,
     progress: Callable[[Progress], None],
     batch_chunks: int = BATCH_CHUNKS,
+    streams: int = STREAMS,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> BackfillReport:
     """Copy every document that pgvector is owed and FAISS has; a dry run reads and checks them all.
 
-    `pool` connects as victus_rollout. `progress` is told after each batch, committed by then;
-    `should_stop` is asked between batches. Raises RefusedError where the stage does not write both
-    stores, StoreError where PostgreSQL, FAISS or the disk fails; what was copied by then stays.
+    `pool` connects as victus_rollout. `streams` batches are copied at a time. `progress` is told after
+    each, committed by then; `should_stop` is asked between batches. Raises RefusedError where the stage does
+    not write both stores, StoreError where PostgreSQL, FAISS or the disk fails; what was copied by then stays.
     """
-    return _Backfill(pool, faiss, execute, progress, batch_chunks, should_stop).run()
+    return _Backfill(pool, faiss, execute, progress, batch_chunks, streams, should_stop).run()
 
 
 @dataclass(slots=True)
@@ -91,9 +96,12 @@ class _Backfill:
     execute: bool
     progress: Callable[[Progress], None]
     batch_chunks: int
+    streams: int
     should_stop: Callable[[], bool]
     total: int = 0
     report: BackfillReport = field(init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    broken: bool = False
 
     def run(self) -> BackfillReport:
         self.report = BackfillReport(executed=self.execute)
@@ -104,15 +112,34 @@ class _Backfill:
             self._count()
         else:
             # A later pass takes what somebody else was at work on, and gave up, during one before.
-            while self._pass():
+            while self._passes():
                 pass
         with self._connection() as connection:
             self.report.remaining = backfill_batch.remaining(connection)
         return self.report
 
-    def _pass(self) -> bool:
-        """Every document once, in order of id; False where there was none, or it was stopped."""
-        after, one_by_one_to, before = 0, 0, self.report.documents
+    def _passes(self) -> bool:
+        """One pass in each stream; False where there was no document left, or it was stopped.
+
+        The rows of a document are locked by the stream that copies it, and left out by the other.
+        """
+        before = self.report.documents
+        with ThreadPoolExecutor(self.streams, thread_name_prefix="backfill") as threads:
+            begun = [threads.submit(self._pass) for _ in range(self.streams)]
+        for each in begun:
+            each.result()
+        return self.report.documents > before and not self.report.stopped
+
+    def _pass(self) -> None:
+        """Every document once, in order of id. Where it fails, the other streams end with their batch."""
+        try:
+            self._go_through()
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _go_through(self) -> None:
+        after, one_by_one_to = 0, 0
         while not self._stop():
             alone = after < one_by_one_to
             try:
@@ -125,10 +152,9 @@ class _Backfill:
                     one_by_one_to = error.documents[-1].document_id
                 continue
             if not batch.documents:
-                return self.report.documents > before
+                return
             after = batch.documents[-1].document_id
             self._take_in(batch)
-        return False
 
     def _copy(self, after: int, documents: int) -> Batch:
         with self._connection() as connection:
@@ -161,10 +187,11 @@ class _Backfill:
 
     def _take_in(self, batch: Batch) -> None:
         report = self.report
-        report.add(batch)
         if self.execute:
             _forget_kept(batch.documents)
-        self.progress(Progress(report.documents, self.total, report.chunks, len(report.failed)))
+        with self.lock:
+            report.add(batch)
+            self.progress(Progress(report.documents, self.total, report.chunks, len(report.failed)))
 
     def _fail(self, error: CannotCopyError) -> None:
         """Nothing is wrong where it was deleted, or settled by somebody else, in the meantime."""
@@ -179,7 +206,7 @@ class _Backfill:
 
     def _stop(self) -> bool:
         self.report.stopped = self.report.stopped or self.should_stop()
-        return self.report.stopped
+        return self.report.stopped or self.broken
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:

@@ -77,6 +77,7 @@ class Control:
             with self.connection() as connection:
                 row = connection.execute("SELECT coalesce(max(version), 0) FROM owner_assignments").fetchone()
             router.load_owners(0 if row is None else int(row[0]))
+            router.stores.faiss.load()
         except StoreError as error:
             raise PreconditionError(str(error)) from error
         return router

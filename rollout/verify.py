@@ -8,9 +8,12 @@ end: a run that dies leaves none, so no evidence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 RECORDED_DOCUMENTS = 200
 FETCH_ROWS = 2_000
+STREAMS = 2
 LOOKS = 3
 
 BEGIN = "SELECT id, clock_timestamp() FROM rollout_transitions ORDER BY id DESC LIMIT 1"
@@ -73,24 +77,24 @@ def verify(pool: Pool, faiss: FaissStore, *, progress: Callable[[Progress], None
     then.
     """
     with unavailable("verify"), pool.connection() as connection:
-        work = _Verify(connection, faiss, progress, _begun(connection))
+        work = _Verify(pool, connection, faiss, progress, _begun(connection))
         return work.run()
 
 
 @dataclass(slots=True)
 class _Verify:
+    pool: Pool
     connection: Connection
     faiss: FaissStore
     progress: Callable[[Progress], None]
     report: VerifyReport
     suspects: dict[int, set[int]] = field(default_factory=dict)
     """The documents to look at again, with the users under whom they were seen or are wanted."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> VerifyReport:
         users = self._users()
-        for number, user_id in enumerate(users, 1):
-            self._survey(user_id)
-            self.progress(Progress(number, len(users), self.report.chunks))
+        self._survey_all(users)
         self.report.users = len(users)
         for document_id, seen_under in sorted(self.suspects.items()):
             self._look_again(document_id, seen_under)
@@ -103,29 +107,43 @@ class _Verify:
 
     # -- first look
 
-    def _survey(self, user_id: int) -> None:
+    def _survey_all(self, users: list[int]) -> None:
+        """Some users at a time: PostgreSQL hashes in processes of its own."""
+        waiting = iter(users)
+        done = count(1)
+        with ThreadPoolExecutor(STREAMS, thread_name_prefix="verify") as threads:
+            begun = [threads.submit(self._survey_next, waiting, done, len(users)) for _ in range(STREAMS)]
+        for each in begun:
+            each.result()
+
+    def _survey_next(self, waiting: Iterator[int], done: Iterator[int], of_users: int) -> None:
+        with self.pool.connection() as connection:
+            while True:
+                with self.lock:
+                    user_id = next(waiting, None)
+                if user_id is None:
+                    return
+                survey, ledger = self._survey(connection, user_id)
+                with self.lock:
+                    self._take_in(user_id, survey, ledger)
+                    self.progress(Progress(next(done), of_users, self.report.chunks))
+
+    def _survey(self, connection: Connection, user_id: int) -> tuple[Survey, Mapping[int, Entries]]:
         survey = Survey()
         # Closed here: left to the collector, the cursor would outlive the use of its connection.
-        with closing(self._stored(user_id)) as stored:
+        with closing(_stored(connection, user_id)) as stored:
             for pair in merge(self.faiss.inventory(user_id), stored):
                 survey.add(pair)
         # Read after the streams: an entry that is done by now may have been owed while they ran.
-        ledger = self._ledger(LEDGER_OF_USER, user_id)
+        return survey, _ledger(connection, LEDGER_OF_USER, user_id)
+
+    def _take_in(self, user_id: int, survey: Survey, ledger: Mapping[int, Entries]) -> None:
         self.report.chunks += survey.chunks
         self.report.documents += len(survey.documents)
         suspects = survey.suspects(ledger)
         self.report.owed |= survey.owed(ledger) - suspects
         for document_id in suspects:
             self.suspects.setdefault(document_id, set()).add(user_id)
-
-    def _stored(self, user_id: int) -> Generator[PgvectorRow, None, None]:
-        with (
-            self.connection.transaction(),
-            self.connection.cursor("inventory", binary=True) as cursor,
-        ):
-            cursor.itersize = FETCH_ROWS
-            for row in cursor.execute(OF_USER, (user_id,)):
-                yield PgvectorRow(*row)
 
     # -- second look
 
@@ -177,15 +195,7 @@ class _Verify:
     # -- ledger and record
 
     def _entries(self, document_id: int) -> Entries:
-        return self._ledger(LEDGER_OF_DOCUMENT, document_id).get(document_id, {})
-
-    def _ledger(self, statement: str, number: int) -> dict[int, dict[Store, LedgerEntry]]:
-        entries: dict[int, dict[Store, LedgerEntry]] = {}
-        for row in self.connection.execute(statement, (number,)):
-            document_id, store, user_id, wanted, state, *rest = row
-            entry = LedgerEntry(user_id, Wanted(wanted), State(state), *rest)
-            entries.setdefault(document_id, {})[Store(store)] = entry
-        return entries
+        return _ledger(self.connection, LEDGER_OF_DOCUMENT, document_id).get(document_id, {})
 
     def _record(self) -> None:
         report = self.report
@@ -196,6 +206,22 @@ class _Verify:
         row = self.connection.execute(RECORD, values).fetchone()
         report.run_id = None if row is None else int(row[0])
         log.info("verify.run.done", run_id=report.run_id, differences=report.differences)
+
+
+def _stored(connection: Connection, user_id: int) -> Generator[PgvectorRow, None, None]:
+    with connection.transaction(), connection.cursor("inventory", binary=True) as cursor:
+        cursor.itersize = FETCH_ROWS
+        for row in cursor.execute(OF_USER, (user_id,)):
+            yield PgvectorRow(*row)
+
+
+def _ledger(connection: Connection, statement: str, number: int) -> dict[int, dict[Store, LedgerEntry]]:
+    entries: dict[int, dict[Store, LedgerEntry]] = {}
+    for row in connection.execute(statement, (number,)):
+        document_id, store, user_id, wanted, state, *rest = row
+        entry = LedgerEntry(user_id, Wanted(wanted), State(state), *rest)
+        entries.setdefault(document_id, {})[Store(store)] = entry
+    return entries
 
 
 def _begun(connection: Connection) -> VerifyReport:

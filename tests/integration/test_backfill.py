@@ -72,7 +72,7 @@ def pool(database: Any) -> Iterator[Pool]:
 
 
 def run(pool: Pool, faiss: Any, **options: Any) -> BackfillReport:
-    options = {"execute": True, "progress": lambda _: None, "batch_chunks": BATCH, **options}
+    options = {"execute": True, "progress": lambda _: None, "batch_chunks": BATCH, "streams": 1, **options}
     return backfill(pool, faiss, **options)
 
 
@@ -147,6 +147,26 @@ def test_pgvector_holds_what_faiss_holds_to_the_bit(pool: Pool, faiss: FaissStor
     assert (report.documents, report.chunks) == (len(PLAN), legacy.chunks)
     assert report.owners == {ADA, BEN, CLEO}
     assert (report.failed, report.remaining, report.stopped) == ({}, 0, False)
+
+
+def test_several_streams_copy_each_document_once(pool: Pool, faiss: FaissStore, legacy: LegacyIndex) -> None:
+    report = run(pool, faiss, streams=3, batch_chunks=4)
+    assert_copied(pool, faiss, legacy)
+    assert (report.documents, report.chunks, report.remaining) == (len(PLAN), legacy.chunks, 0)
+
+
+def test_a_stream_that_fails_ends_the_others_and_is_told(
+    pool: Pool, faiss: FaissStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def fail(*_: Any, **__: Any) -> None:
+        both.wait()
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr("rollout.backfill.copy_batch", fail)
+    with pytest.raises(StoreError, match="the disk is full"):
+        run(pool, faiss, streams=2)
 
 
 def test_a_copied_row_is_the_row_that_an_insert_makes(database: Any, pool: Pool) -> None:

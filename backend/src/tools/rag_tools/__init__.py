@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.tools.rag_tools.embeddings import EmbeddingError, LaterEmbeddings, embedder_later
 from src.tools.rag_tools.migration.router import Router as Service
 from src.utils.context import get_user_id
 
@@ -31,17 +32,26 @@ def open_service(embeddings: Embeddings | None = None) -> Service:
     """Make and start this process's service. Raises DocumentsNeedPostgresError on SQLite, StoreError."""
     from src.config import settings
     from src.database import Role, conninfo
-    from src.tools.rag_tools.embeddings import embedder
     from src.tools.rag_tools.pgvector_store import open_pool
 
     with ExitStack() as undone:
         pool = undone.enter_context(open_pool(conninfo(Role.APP), settings.DATABASE_POOL_SIZE, name="documents"))
-        service = Service(pool, embeddings or embedder())
+        made = embeddings or embedder_later()
+        service = Service(pool, made)
         undone.callback(service.close)
         service.start()
         service.sweep(settings.UPLOAD_DIR)
         undone.pop_all()
+    if isinstance(made, LaterEmbeddings):
+        # Once it is ready: the first question should not wait for what a start does not.
+        threading.Thread(target=_warm, args=(made,), name="embeddings-warm", daemon=True).start()
     return service
+
+
+def _warm(embeddings: LaterEmbeddings) -> None:
+    """What is wrong with the provider is told to whoever asks it."""
+    with suppress(EmbeddingError):
+        embeddings.warm()
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Owns which formats are read and how. Pieces and metadata are those that LangChain's PyPDFLoader and
 Docx2txtLoader gave with the same splitter, so old and new documents are searched alike.
-Nothing is written: a process that dies here reads the file again.
+Nothing is written: a process that dies here reads the file again. The readers' packages are loaded with the
+first file, for a process that starts should be ready soon.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import docx2txt
-import pypdf
 import structlog
-from langchain_text_splitters import RecursiveCharacterTextSplitter
-from pypdf.errors import DependencyError, FileNotDecryptedError, LimitReachedError
 
 from src.tools.rag_tools.store import normalise_metadata, normalise_text
+
+if TYPE_CHECKING:
+    import pypdf
 
 CHUNK_SIZE = 1000
 CHUNK_OVERLAP = 200
@@ -105,6 +105,8 @@ def _reader(name: str) -> _Reader:
 
 def _cut(text: str) -> list[str]:
     """Normalised after the cut, so that the cuts fall where they always fell; blank pieces go."""
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
     splitter = RecursiveCharacterTextSplitter(chunk_size=CHUNK_SIZE, chunk_overlap=CHUNK_OVERLAP)
     pieces = (normalise_text(piece) for piece in splitter.split_text(text))
     return [piece for piece in pieces if piece.strip()]
@@ -126,6 +128,8 @@ def _too_large(name: str, what: str) -> DocumentUnreadableError:
 @contextmanager
 def _untrusted(name: str, kind: str) -> Iterator[None]:
     """The boundary to parsers that fail with any exception on a damaged file."""
+    from pypdf.errors import DependencyError, FileNotDecryptedError, LimitReachedError
+
     try:
         yield
     except (DocumentUnreadableError, MemoryError):
@@ -147,6 +151,8 @@ def _untrusted(name: str, kind: str) -> Iterator[None]:
 
 def _pdf(data: bytes, name: str, limits: Limits) -> Iterator[_Section]:
     """One section a page, as PyPDFLoader: text stripped, page counted from 0, the page's label."""
+    import pypdf
+
     with _untrusted(name, "PDF"):
         reader = pypdf.PdfReader(io.BytesIO(data))
         document = _pdf_metadata(reader)
@@ -200,6 +206,8 @@ def _docx(data: bytes, name: str, limits: Limits) -> Iterator[_Section]:
         raise DocumentUnreadableError(
             f"{name} is protected by a password or an old .doc file: save it as .docx without one"
         )
+    import docx2txt
+
     with _untrusted(name, "DOCX"):
         _check_zip(data, name, limits)
         yield docx2txt.process(io.BytesIO(data)), {}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -61,6 +63,46 @@ def embedder(settings: Settings = settings) -> Embeddings:
             return _openai(settings)
         case "local":
             return LocalEmbeddings()
+
+
+def embedder_later(settings: Settings = settings) -> LaterEmbeddings:
+    """The same, made at its first text or by `warm`: loading it takes longer than all of a process's start.
+
+    Raises EmbeddingUnavailableError at once where a key or a package is missing.
+    """
+    match settings.EMBEDDING_PROVIDER:
+        case "openai":
+            _require_key(settings)
+        case "local" if find_spec("wordllama") is None:
+            raise EmbeddingUnavailableError(
+                "the local embedding model is missing: install the extra `local` (wordllama),"
+                " or set EMBEDDING_PROVIDER=openai"
+            )
+        case "local":
+            pass
+    return LaterEmbeddings(lambda: embedder(settings))
+
+
+class LaterEmbeddings(Embeddings):
+    """A provider that `make` makes once, when it is first asked."""
+
+    def __init__(self, make: Callable[[], Embeddings]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Embeddings | None = None
+
+    def warm(self) -> Embeddings:
+        """Make it now, unless that was done."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return self.warm().embed_documents(texts)
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.warm().embed_query(text)
 
 
 def embed_texts(embedder: Embeddings, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -126,10 +168,7 @@ class LocalEmbeddings(Embeddings):
 
 
 def _openai(settings: Settings) -> Embeddings:
-    if settings.OPENAI_API_KEY is None or not settings.OPENAI_API_KEY.get_secret_value().strip():
-        raise EmbeddingUnavailableError(
-            "no key for OpenAI's embeddings: set OPENAI_API_KEY, or EMBEDDING_PROVIDER=local"
-        )
+    _require_key(settings)
     # Importing it takes seconds, which commands that embed nothing should not pay.
     from langchain_openai import OpenAIEmbeddings
 
@@ -143,6 +182,13 @@ def _openai(settings: Settings) -> Embeddings:
         # True counts tokens with tiktoken, which downloads its table when first used.
         check_embedding_ctx_length=False,
     )
+
+
+def _require_key(settings: Settings) -> None:
+    if settings.OPENAI_API_KEY is None or not settings.OPENAI_API_KEY.get_secret_value().strip():
+        raise EmbeddingUnavailableError(
+            "no key for OpenAI's embeddings: set OPENAI_API_KEY, or EMBEDDING_PROVIDER=local"
+        )
 
 
 @functools.cache

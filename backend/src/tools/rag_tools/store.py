@@ -103,6 +103,12 @@ def vector_hash(vector: Vector) -> bytes:
     return hashlib.sha256(_VECTOR_HEADER + vector.astype(">f4").tobytes()).digest()
 
 
+def vector_hashes(rows: NDArray[np.float32]) -> list[bytes]:
+    """`vector_hash` of each row."""
+    encoded = rows.astype(">f4").view(np.uint8).reshape(len(rows), 4 * DIMENSION)
+    return [hashlib.sha256(_VECTOR_HEADER + row.tobytes()).digest() for row in encoded]
+
+
 def chunk_id(document_id: int, ordinal: int, content: str) -> uuid.UUID:
     """UUIDv5 of document id, ordinal and content hash: the same document always gets the same ids."""
     return uuid.uuid5(CHUNK_NAMESPACE, f"{document_id}:{ordinal}:{content_hash(content).hex()}")

@@ -22,10 +22,13 @@ from src.tools.rag_tools.migration.faiss_records import Owner, Owners
 from src.tools.rag_tools.store import (
     Chunk,
     Hit,
+    InventoryRow,
     Vector,
+    content_hash,
     legacy_chunk_id,
     normalise_metadata,
     normalise_text,
+    vector_hashes,
 )
 
 if TYPE_CHECKING:
@@ -157,6 +160,24 @@ class Memory:
 
     def chunk_id(self, position: int) -> uuid.UUID:
         return legacy_chunk_id(self.chunks.docstore_ids[position])
+
+    def in_order(self, positions: NDArray[np.int64]) -> list[int]:
+        """These positions by chunk id; UUIDs are in the same order as their texts."""
+        names = self.chunks.docstore_ids
+        return sorted(positions.tolist(), key=lambda position: _key(names[position]))
+
+    def inventory(self, positions: Sequence[int]) -> list[InventoryRow]:
+        """What verify compares of these positions: less than whole chunks, and several times as fast."""
+        rows = self.vectors.at(np.array(positions, np.int64))
+        return [
+            InventoryRow(
+                self.chunk_id(position),
+                self._owned(position).document_id,
+                content_hash(normalise_text(self.chunks.contents[position])),
+                digest,
+            )
+            for position, digest in zip(positions, vector_hashes(rows), strict=True)
+        ]
 
     def whole(self, positions: Sequence[int]) -> list[Chunk]:
         """Whole chunks, normalised as the other store has them."""

@@ -26,9 +26,8 @@ from src.tools.rag_tools.migration.faiss_disk import (
     refuse_network,
     this_host,
 )
-from src.tools.rag_tools.migration.faiss_files import SavedIndex
 from src.tools.rag_tools.migration.faiss_format import Content
-from src.tools.rag_tools.migration.faiss_generations import Generation, current_generation, stamp
+from src.tools.rag_tools.migration.faiss_generations import Generation, Stamp, current_generation, stamp
 from src.tools.rag_tools.migration.faiss_journal import Entry, Journal, Op, utc_now
 from src.tools.rag_tools.migration.faiss_memory import Memory
 from src.tools.rag_tools.migration.faiss_pickle import PickledChunks
@@ -40,7 +39,6 @@ from src.tools.rag_tools.store import (
     InventoryRow,
     Vector,
     check_vectors,
-    vector_hash,
 )
 
 __all__ = ["BaseChunk", "Counts", "FaissStore", "Owner", "Owners", "Sample"]
@@ -70,18 +68,19 @@ class FaissStore:
     def __init__(
         self,
         directory: Path,
-        saved: SavedIndex,
         journal: Journal,
         *,
+        owners: Callable[[], Owners | None],
         host: Host,
         now: Callable[[], datetime.datetime],
     ) -> None:
         self.directory = directory
         self.journal = journal
-        self.old_release_wrote = saved.old_release_wrote
+        self.old_release_wrote = False
         self._host, self._now = host, now
-        self._stamp = saved.stamp
-        self._memory = Memory(saved.content)
+        self._owners = owners
+        self._loaded: Memory | None = None
+        self._stamp: Stamp = ()
         self._seen = 0
         # One lock for all of memory: faiss may move the vectors while it adds to them.
         self._lock = threading.RLock()
@@ -100,20 +99,57 @@ class FaissStore:
 
         Until owners are set, only what the journal added is served.
         """
-        host = host or this_host()
-        refuse_network(directory, mountinfo)
-        journal = Journal.open(directory, host=host, now=now)
+        store = cls.unread(directory, owners=lambda: owners, host=host, mountinfo=mountinfo, now=now)
         try:
-            saved = faiss_files.open_files(directory, host=host, now=now)
-            _refuse_lost_journal(saved.generation, journal)
-            store = cls(directory, saved, journal, host=host, now=now)
-            if owners is not None:
-                store.set_owners(owners)
-            store.tail()
+            store.load()
         except BaseException:
-            journal.close()
+            store.close()
             raise
         return store
+
+    @classmethod
+    def unread(
+        cls,
+        directory: Path,
+        *,
+        owners: Callable[[], Owners | None],
+        host: Host | None = None,
+        mountinfo: str | None = None,
+        now: Callable[[], datetime.datetime] = utc_now,
+    ) -> Self:
+        """The same with its journal only: the index is read, and `owners` asked, when it is first needed."""
+        host = host or this_host()
+        refuse_network(directory, mountinfo)
+        return cls(directory, Journal.open(directory, host=host, now=now), owners=owners, host=host, now=now)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the index is in memory."""
+        return self._loaded is not None
+
+    def load(self) -> None:
+        """Read the index, unless that was done. Raises a FaissDirectoryError."""
+        with self._lock:
+            if self._loaded is None:
+                self._read()
+
+    def _read(self) -> None:
+        saved = faiss_files.open_files(self.directory, host=self._host, now=self._now)
+        _refuse_lost_journal(saved.generation, self.journal)
+        memory = Memory(saved.content)
+        owners = self._owners()
+        if owners is not None:
+            memory.assign(owners)
+        self.old_release_wrote, self._stamp, self._loaded = saved.old_release_wrote, saved.stamp, memory
+        self.tail()
+
+    @property
+    def _memory(self) -> Memory:
+        if self._loaded is None:
+            self.load()
+        if self._loaded is None:
+            raise AssertionError("load reads it or raises")
+        return self._loaded
 
     def close(self) -> None:
         """Let go of the journal; saves nothing."""
@@ -141,10 +177,9 @@ class FaissStore:
         self.tail()
         with self._lock:
             memory = self._memory
-            own = sorted(memory.own(user_id).tolist(), key=memory.chunk_id)
+            own = memory.in_order(memory.own(user_id))
         for some in _slices(own, SLICE):
-            for chunk in self._chunks(memory, user_id, some):
-                yield InventoryRow(chunk.id, chunk.document_id, chunk.content_sha256, vector_hash(chunk.vector))
+            yield from self._inventory(memory, user_id, some)
 
     # -- what the other store, owner assignment and verify ask
 
@@ -243,6 +278,7 @@ class FaissStore:
 
     def tail(self) -> int:
         """Take over what the journal has and memory has not; the position reached."""
+        self.load()
         if self.journal.position() > self._seen:
             with self._lock:
                 self._seen = self._follow(self._memory, self._seen)
@@ -268,10 +304,10 @@ class FaissStore:
             case Op.DELETE:
                 memory.delete(entry.document_id)
 
-    def _chunks(self, memory: Memory, user_id: int, positions: Sequence[int]) -> list[Chunk]:
-        """Asked between two slices of an inventory, in which time a chunk may be deleted or assigned."""
+    def _inventory(self, memory: Memory, user_id: int, positions: Sequence[int]) -> list[InventoryRow]:
+        """Asked between two slices, in which time a chunk may be deleted or assigned."""
         with self._lock:
-            return memory.whole(memory.still(user_id, positions))
+            return memory.inventory(memory.still(user_id, positions))
 
     # -- saving
 
@@ -330,7 +366,7 @@ class FaissStore:
             if self._memory.owners is not None:
                 memory.assign(self._memory.owners)
             self._seen = self._follow(memory, seen)
-            self._memory, self._stamp = memory, saved.stamp
+            self._loaded, self._stamp = memory, saved.stamp
 
     def _already_saved(self, position: int, chunks: int) -> Generation | None:
         generation = current_generation(self.directory)

@@ -159,6 +159,7 @@ class Flags:
         self._lock = threading.Lock()
         self._view: View | None = None
         self._halted: str | None = None
+        self._reported = 0
         self._in_flight: Counter[int] = Counter()
         self._sequence = 0
         self._noted: dict[int, int] = {}
@@ -200,6 +201,12 @@ class Flags:
         """The oldest transition that this process still acts on; a request in flight may hold it back."""
         with self._lock:
             return self._acts_on()
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether the fleet knows that this process acts on the newest transition that it adopted."""
+        with self._lock:
+            return self._view is None or self._reported >= self._view.transition_id
 
     def halt(self, reason: str) -> None:
         """Stop writing until this process is started again."""
@@ -258,6 +265,7 @@ class Flags:
                     " DATABASE_ADMIN_URL set"
                 ) from error
             raise
+        self._reported = acts_on
         if row is None:
             raise FlagsUnknownError(
                 "rollout_transitions is empty, so the stage is unknown; restore its rows from a backup"
@@ -339,6 +347,11 @@ class Flags:
 def owners_version(row: tuple[object, ...]) -> int:
     """The owner assignment that a fetch brought, for taking it over before the rest is adopted."""
     return int(row[-1])  # type: ignore[call-overload, no-any-return]
+
+
+def needs_faiss(row: tuple[object, ...]) -> bool:
+    """Whether the stage that a fetch brought writes FAISS; one that this release does not know serves nobody."""
+    return str(row[1]) in {stage for stage, routing in ROUTING.items() if Store.FAISS in routing.writes}
 
 
 def is_stale(view: View, now: float) -> bool:

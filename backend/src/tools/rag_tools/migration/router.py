@@ -32,6 +32,7 @@ from src.tools.rag_tools.migration.flags import (
     Plan,
     View,
     is_stale,
+    needs_faiss,
     owners_version,
 )
 from src.tools.rag_tools.migration.guard import Guard
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SECONDARY_WORKERS = 4
+REPORT_SECONDS = 0.1
 
 READY = """
 UPDATE documents SET status = 'ready', error = NULL, updated_at = now()
@@ -83,7 +85,8 @@ class Router(Documents):
         self.settings = settings
         self.clock = clock
         self.flags = Flags(pool, clock=clock)
-        self.stores = Stores(FaissStore.open(settings.FAISS_INDEX_PATH), self.pgvector)
+        faiss = FaissStore.unread(settings.FAISS_INDEX_PATH, owners=self._read_owners)
+        self.stores = Stores(faiss, self.pgvector)
         self.breaker = Breaker(clock=clock)
         self.guard = Guard(pool, window_seconds=settings.GUARD_WINDOW_SECONDS)
         self.shadow = Shadow(self.stores, settings, count=self.flags.count, clock=clock)
@@ -111,7 +114,7 @@ class Router(Documents):
             raise HaltedError(reason)
         if loops:
             self.shadow.start()
-            self._loop("poll", self.settings.POLL_SECONDS, self.refresh)
+            self._loop("poll", self.settings.POLL_SECONDS, self.poll)
             self._loop("settle", self.settings.SETTLE_SECONDS, self.resume)
             self._loop("guard", self.settings.GUARD_SECONDS, self.guard.look)
             self._loop("giants", LOOK_SECONDS, self.look_for_giants)
@@ -127,13 +130,21 @@ class Router(Documents):
         self.flags.leave()
         self.stores.faiss.close()
 
+    def poll(self) -> None:
+        """One poll; after a stage change more of them at once, so that nobody waits a second for the report of it."""
+        self.refresh()
+        while not self.flags.is_reported and not self._closing.wait(REPORT_SECONDS):
+            self.refresh()
+
     def refresh(self) -> View:
-        """One poll; takes over a new owner assignment before anything is served under it."""
+        """One poll; takes over a new owner assignment, and reads FAISS, before anything is served under it."""
         # One at a time: of two polls the later one may have looked earlier, and would seem a failover.
         with self._polling:
             begun, row = self.flags.fetch()
             if (version := owners_version(row)) != self._owners_version:
                 self.load_owners(version)
+            if needs_faiss(row):
+                self.stores.faiss.load()
             view = self.flags.adopt(begun, row)
             self._watch_failover(view)
         metrics.show_stage(
@@ -162,11 +173,19 @@ class Router(Documents):
                 log.warning("failover.remember.failed", error=str(error))
 
     def load_owners(self, version: int) -> None:
-        """Give the FAISS store the owners of the legacy chunks, as version `version` decided them."""
+        """Give the FAISS store the owners of the legacy chunks, as version `version` decided them.
+
+        One that is not read yet asks for them when it is.
+        """
+        self._owners_version = version
+        if self.stores.faiss.is_loaded:
+            self.stores.faiss.set_owners(self._read_owners())
+
+    def _read_owners(self) -> Owners:
+        version = self._owners_version
         with self._transaction("read of the owners", "owners.load") as connection:
             rows = connection.execute(OWNERS).fetchall()
-        self.stores.faiss.set_owners(Owners(version, {docstore_id: Owner(*owner) for docstore_id, *owner in rows}))
-        self._owners_version = version
+        return Owners(version, {docstore_id: Owner(*owner) for docstore_id, *owner in rows})
 
     def resume(self) -> None:
         """Settle what is owed and due, and finish deletions; one step of the loop."""
