@@ -3,12 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# migration
+# The benchmarks' peers: packages that this project does not depend on, and could not have beside its own.
+PEERS := .venv-bench
+PEERS_INSTALLED := $(PEERS)/installed
+# end of migration
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint serve lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(INSTALLED) ## make .venv with the locked packages
 
@@ -45,9 +50,30 @@ lint: $(INSTALLED) ## ruff and mypy, strict
 serve: $(INSTALLED) ## the backend on an embedded PostgreSQL, with a demonstration user
 	$(BIN)/python -m src.demo
 
-lock: ## write requirements.lock anew from pyproject.toml (needs uv)
+# migration
+.PHONY: bench bench-quick bench-growth
+$(PEERS_INSTALLED): benchmarks/requirements.lock
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --require-hashes --requirement benchmarks/requirements.lock
+	touch $(PEERS_INSTALLED)
+
+bench: $(INSTALLED) $(PEERS_INSTALLED) ## measure beside raw limits and peers, 100,000 chunks, 12 minutes; writes the tables
+	$(BIN)/python -m benchmarks --write-docs
+
+bench-quick: $(INSTALLED) $(PEERS_INSTALLED) ## the same with 10,000 chunks, without a verdict
+	$(BIN)/python -m benchmarks --quick
+
+bench-growth: $(INSTALLED) $(PEERS_INSTALLED) ## how cost grows with the number of chunks; writes table and plot
+	$(BIN)/python -m benchmarks growth --write-docs
+# end of migration
+
+lock: ## write what is locked anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --all-extras --python-version 3.11 \
 	    --generate-hashes --no-header --no-emit-index-url --output-file requirements.lock
+# migration
+	uv pip compile --group bench --python-version 3.11 \
+	    --generate-hashes --no-header --no-emit-index-url --output-file benchmarks/requirements.lock
+# end of migration
 
 clean: ## remove .venv and what tools left
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
-"""`python -m benchmarks [NAME] [--chunks N] [--quick] [--json] [--write-docs]`: measure, print the table, keep the result.
+"""`python -m benchmarks [NAME] [--chunks N] [--quick] [--json] [--write-docs]`
 
-NAME is one of the families below or `growth`; all families where it is left out.
+Measures, prints the table and keeps the result. NAME is one of the families below or `growth`; all families
+where it is left out.
 """
 
 from __future__ import annotations

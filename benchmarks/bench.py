@@ -18,6 +18,7 @@ from benchmarks.data import Dataset
 from benchmarks.peers import Peers
 from benchmarks.site import Given, Site, adopt, save_legacy
 from src.database import Role, url_of
+from src.tools.rag_tools.migration.faiss_journal import Journal
 from src.tools.rag_tools.migration.router import Router
 from src.tools.rag_tools.migration.settings import MigrationSettings
 
@@ -74,6 +75,8 @@ class Bench:
         for file in self.legacy.iterdir():
             # The index is never written in place, so a link will do and costs no second copy.
             (copy / file.name).hardlink_to(file)
+        # `assign-owners`, which comes before, has left its journal.
+        Journal.open(copy).close()
         return copy
 
     def installation(self, stage: str = "dualwrite") -> str:

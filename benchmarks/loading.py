@@ -54,8 +54,8 @@ def run(bench: Bench) -> list[Row]:
             memory <= MOST_MEMORY_MB, {"memory_mb": memory, "index_mb": made[-1]["index_mb"]},
         ),
         Row(
-            "verify both stores", "<= 0.7 of the backfill's time", f"{verify:.1f} s ({verify / backfill:.2f})", "-", "-",
-            verify <= 0.7 * backfill, {"ours_s": verify, "ratio": verify / backfill},
+            "verify both stores", "<= 0.7 of the backfill's time", f"{verify:.1f} s ({verify / backfill:.2f})",
+            "-", "-", verify <= 0.7 * backfill, {"ours_s": verify, "ratio": verify / backfill},
         ),
         _opening(bench),
     ]  # fmt: skip

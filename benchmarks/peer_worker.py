@@ -21,6 +21,7 @@ from benchmarks.timing import each, in_turn
 
 COLLECTION = "bench"
 BATCH = 1_000
+STAGES = ("off", "dualwrite", "shadow", "live", "rampdown", "complete")
 SCOPE = "SELECT set_config('app.user_id', %s, true), set_config('statement_timeout', %s, true)"
 
 
@@ -38,7 +39,7 @@ def _store(url: str) -> Any:
 
     return PGVector(
         embeddings=_Unused(), collection_name=COLLECTION, connection=url, use_jsonb=True, create_extension=False
-    )  # type: ignore[arg-type]
+    )
 
 
 def add(url: str, vectors: str, texts: str, count: int) -> float:
@@ -76,8 +77,7 @@ def _migrator(stage: str) -> tuple[Any, Any]:
     from ldclient.integrations.test_data import TestData
 
     source = TestData.data_source()
-    source.update(source.flag("move").variations("off", "dualwrite", "shadow", "live", "rampdown", "complete")
-                  .variation_for_all(["off", "dualwrite", "shadow", "live", "rampdown", "complete"].index(stage)))  # fmt: skip
+    source.update(source.flag("move").variations(*STAGES).variation_for_all(STAGES.index(stage)))
     client = ldclient.LDClient(Config("offline", update_processor_class=source, send_events=False))
     return client, ldclient.Context.create("user-3")
 

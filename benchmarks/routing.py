@@ -71,7 +71,7 @@ def _shadowed(bench: Bench, name: str, slow: float) -> Row:
     """The caller's read takes 2 ms; every one is sampled. Alone: the same with nothing sampled."""
     say(f"shadow read, other store {name}")
     count = bench.questions(200)
-    found = {"alone": [], "shadow": []}
+    found: dict[str, list[float]] = {"alone": [], "shadow": []}
     for number in range(2 * bench.rounds):
         for way in ("alone", "shadow") if number % 2 else ("shadow", "alone"):
             found[way] += _reads(bench, slow, 1.0 if way == "shadow" else 0.0, count)

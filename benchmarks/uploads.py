@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import data
 from benchmarks.bench import Bench, Row, ms, say, times
 from benchmarks.legacy import write
-from benchmarks.site import Given, adopt
+from benchmarks.site import Given, adopt, save_legacy
 from benchmarks.timing import each
 from src.database import Role
 from src.tools.rag_tools.chunking import split
@@ -40,7 +40,8 @@ def run(bench: Bench) -> list[Row]:
     ours, at_small = statistics.median(here), statistics.median(there)
     return [
         Row(
-            "an upload of 20 chunks, durable in both", "<= 40 ms; within 20 percent of that at 1,000 chunks; >= 100 x legacy",
+            "an upload of 20 chunks, durable in both",
+            "<= 40 ms; within 20 percent of that at 1,000 chunks; >= 100 x legacy",
             f"{ms(ours)} ({times(ours / at_small)} that at {SMALL_SITE:,})", "-",
             f"legacy {ms(legacy)} ({times(legacy / ours)})",
             ours <= 40 and ours <= 1.2 * at_small and legacy >= 100 * ours,
@@ -77,15 +78,11 @@ def note(folder: Path, number: int) -> Path:
 def _small(bench: Bench) -> tuple[str, Path]:
     """An installation of 1,000 chunks on the same server."""
     made = data.make(SMALL_SITE)
-    small = Bench(bench.site, made, bench.peers, bench.quick)
     directory = bench.site.folder / "small_index"
     shutil.rmtree(directory, ignore_errors=True)
-    from benchmarks.site import save_legacy
-
     save_legacy(directory, made)
     database = bench.site.database()
     with bench.site.connect(database, Role.OWNER) as connection:
         adopt(connection, made)
     bench.site.step(database, "dualwrite")
-    del small
     return database, directory
