@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+
 import psutil  # type: ignore[import-untyped]  # ships no types
 
 WATCHED = ("faiss", "langchain_community")

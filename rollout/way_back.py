@@ -62,7 +62,7 @@ def _arrival(running: list[Instance], late: list[Instance], dead_seconds: float)
     if not running:
         return "no backend process runs: the step is in force at once"
     seconds = 2 * migration_settings.POLL_SECONDS
-    told = f"{len(running)} backend processes act on it within about {seconds:.0f} seconds and the end of their requests"
+    told = f"{len(running)} backend processes act on it within some {seconds:.0f} seconds and the end of their requests"
     silent = max(running, key=lambda each: each.silent)
     if silent.silent <= seconds:
         return told

@@ -3,7 +3,7 @@
 Expand only: code of the revision before does not name the new column, so its processes count as needing FAISS.
 
 Revision ID: d4c3b2a1e0f9
-Revises: b2e1d3c4f5a6
+Revises: c3d2e1f4a5b6
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "d4c3b2a1e0f9"
-down_revision = "b2e1d3c4f5a6"
+down_revision = "c3d2e1f4a5b6"
 branch_labels = None
 depends_on = None
 
