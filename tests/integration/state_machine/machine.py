@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from src.tools.rag_tools.migration import ledger
-from src.tools.rag_tools.migration.stages import ROUTING, Stage, Store
+from src.tools.rag_tools.migration.stages import ORDER, ROUTING, Stage, Store
 from tests.integration.state_machine import properties
 from tests.integration.state_machine.actors import AFTER_DELETE, AFTER_READY, Actor, Order
 from tests.integration.state_machine.properties import Answers, PropertyViolatedError
@@ -34,6 +34,7 @@ DELETE = (
     "delete.shared", "kept.forget", "delete.file", "delete.path",
 )  # fmt: skip
 SETTLE = ("settle.look", "settle.copy", *PREPARE, *APPLY, *ERASE, "settle.after", "settle.stage", "settle.ready")
+SLEEPS = (*[None] * 8, *STORED)
 some = st.integers(min_value=0, max_value=11)
 orders = st.sampled_from([Order.FAIL, Order.LANDED, Order.HANG])
 
@@ -41,6 +42,7 @@ orders = st.sampled_from([Order.FAIL, Order.LANDED, Order.HANG])
 class Left(StrEnum):
     """How a process comes to be left behind; the fleet goes on without it only where it was given up."""
 
+    POLLS = "it polls, but perhaps a request of it sleeps"
     SILENT = "it does not poll"
     LOOKS = "it looks, and adopts nothing"
     GIVEN_UP = "it was declared dead, and lives"
@@ -59,9 +61,21 @@ class Machine(RuleBasedStateMachine):
         self.uploads: dict[Actor, Document] = {}
         self.judged: set[Actor] = set()
 
-    @initialize(start=st.sampled_from(STARTS), processes=st.sampled_from([2, 2, 2, 3]))
-    def begin(self, start: tuple[Stage, int], processes: int) -> None:
+    @initialize(
+        start=st.sampled_from(STARTS),
+        processes=st.sampled_from([2, 2, 2, 3]),
+        sleeps=st.sampled_from(SLEEPS),
+        user=some,
+        how=st.sampled_from(Left),
+    )
+    def begin(self, start: tuple[Stage, int], processes: int, sleeps: str | None, user: int, how: Left) -> None:
+        """Sometimes with an upload that sleeps while the fleet goes, or would go, to the far stages."""
         self.world.reset(*start, processes)
+        if sleeps is not None:
+            actor = self._upload(0, user, post=False)
+            if actor.reach(sleeps):
+                self._leave_behind(actor.process, ORDER.index(start[0]) < len(ORDER) / 2, 3, how)
+                actor.finish()
 
     # -- choosing
 
@@ -106,6 +120,12 @@ class Machine(RuleBasedStateMachine):
     @rule(process=some, user=some, post=st.booleans(), point=st.sampled_from(UPLOAD), order=orders)
     def upload_in_trouble(self, process: int, user: int, post: bool, point: str, order: Order) -> None:
         self._trouble(self._upload(process, user, post), point, order)
+
+    @precondition(_may_upload)
+    @rule(process=some, user=some, post=st.booleans(), point=st.sampled_from(UPLOAD))
+    def upload_until_a_power_cut(self, process: int, user: int, post: bool, point: str) -> None:
+        self._upload(process, user, post).reach(point)
+        self.world.power_cut()
 
     @precondition(_may_upload)
     @rule(process=some, user=some, post=st.booleans(), order=orders, settling=st.none() | some)
@@ -217,12 +237,9 @@ class Machine(RuleBasedStateMachine):
         self.world.poll(self._process(process))
 
     @precondition(_up)
-    @rule(process=some, power=st.sampled_from([True, False, False, False]))
-    def kill(self, process: int, power: bool) -> None:
-        if power:
-            self.world.power_cut()
-        else:
-            self.world.kill(self._process(process))
+    @rule(process=some)
+    def kill(self, process: int) -> None:
+        self.world.kill(self._process(process))
 
     @precondition(lambda self: len(self._up()) < len(self.world.processes))
     @rule()
@@ -247,14 +264,6 @@ class Machine(RuleBasedStateMachine):
     @rule(process=some, forward=st.booleans(), times=st.integers(0, 3), how=st.sampled_from(Left))
     def leave_behind(self, process: int, forward: bool, times: int, how: Left) -> None:
         self._leave_behind(self._process(process), forward, times, how)
-
-    @precondition(_may_upload)
-    @rule(process=some, user=some, point=st.sampled_from(STORED), forward=st.booleans(), times=st.integers(1, 3))
-    def upload_that_sleeps(self, process: int, user: int, point: str, forward: bool, times: int) -> None:
-        actor = self._upload(process, user, post=False)
-        if actor.reach(point):
-            self._leave_behind(actor.process, forward, times, Left.GIVEN_UP)
-            actor.finish()
 
     # -- after every move
 
@@ -321,12 +330,13 @@ class Machine(RuleBasedStateMachine):
     def _leave_behind(self, left: Process, forward: bool, times: int, how: Left) -> None:
         if how is Left.GIVEN_UP:
             self.world.stall(left)
+        silent = None if how is Left.POLLS else left
         for _ in range(times):
-            self._all_poll(but=left)
+            self._all_poll(but=silent)
             if how is Left.LOOKS:
                 self.world.fetch(left)
             self.world.step(forward)
-        self._all_poll(but=left)
+        self._all_poll(but=silent)
 
     def _all_poll(self, but: Process | None = None) -> None:
         for process in self._up():

@@ -26,7 +26,7 @@ COPIED = ("backend/src", "rollout", "tests")
 HUNT = "tests.integration.state_machine.hunt"
 TEMPLATE = "seeds_template"
 MOST_EXAMPLES = 1000
-"""Five times what the best hidden of them needs: a count and no time, so that a busy machine changes nothing."""
+"""Ten times what the best hidden of them needs. A count and no time: a busy machine changes nothing."""
 AT_ONCE = 2
 
 
