@@ -113,6 +113,15 @@ def test_equal_answers_match_and_the_row_says_what_was_compared(world: World) ->
     assert columns == (2, "shadow", world.owner, "small", "match", "faiss", fingerprint(3))
 
 
+def test_a_comparison_is_found_by_the_id_of_its_request(world: World) -> None:
+    with structlog.contextvars.bound_contextvars(request_id="of-the-request"):
+        world.ask()
+    world.ask()
+    asked, alone = (event["request_id"] for event in world.compared())
+    assert asked == "of-the-request"
+    assert alone not in ("", asked)
+
+
 def test_tied_chunks_in_another_order_are_a_tie(world: World) -> None:
     for number in (8, 9):
         path = write_note(world.folder, f"{number}.md", SECRET)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, LiteralString
 
+from structlog.contextvars import get_contextvars
+
 from src.tools.rag_tools.migration.causes import SIMILARITY_TOLERANCE, Evidence
 from src.tools.rag_tools.migration.comparison import Comparison
 from src.tools.rag_tools.migration.flags import View
@@ -34,6 +36,11 @@ WHERE user_id = %(user_id)s AND id = ANY (%(chunks)s)
 CHUNK_OWNER = "SELECT chunk_owner(%s)"
 
 
+def current_request() -> str:
+    """The id of the HTTP request that is being answered, under which the log has it; else a new one."""
+    return str(get_contextvars().get("request_id") or uuid.uuid4().hex)
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """One answered read. `begun` and `ended` are seconds of the monotonic clock."""
@@ -46,7 +53,7 @@ class Read:
     hits: Sequence[Hit]
     begun: float
     ended: float
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str = field(default_factory=current_request)
 
 
 class Witness:
