@@ -16,10 +16,12 @@ from src.tools import rag_tools
 from src.tools.rag_tools.documents import Documents
 from tests.support.scope import Attempt, World, by_kind, failures, world_on
 from tests.support.scope_agent import agent_attempts
-from tests.support.scope_context import SCOPED, context_attempts, pool_attempts
+from tests.support.scope_context import context_attempts
 from tests.support.scope_http import ACTS, IDS, id_attempts, ids_in, named_attempts, operations, schema_of
 from tests.support.scope_names import name_attempts
+from tests.support.scope_pool import SCOPED, pool_attempts
 from tests.support.scope_statements import statement_attempts, without_predicate, without_row_level_security
+from tests.support.scope_tells import tell_attempts
 from tests.support.scope_tokens import token_attempts
 
 pytestmark = pytest.mark.xdist_group("tenant scope")
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.xdist_group("tenant scope")
 FEWEST = 1_000
 TABLE: dict[str, Callable[[dict[str, Any]], Iterator[Attempt]]] = {
     "ids": id_attempts,
+    "tells": tell_attempts,
     "named": named_attempts,
     "tokens": lambda _schema: token_attempts(),
     "names": lambda _schema: name_attempts(),

@@ -27,9 +27,10 @@ from tests.support.backend import User
 from tests.support.obedient_model import order
 from tests.support.routers import set_stage
 from tests.support.scope import QUESTION, SECRET, TEXT, Attempt, Reach, World
-from tests.support.scope_context import TOOLS, context_attempts, question_vector
+from tests.support.scope_context import TOOLS, context_attempts
 from tests.support.scope_http import ACTS, Sending, id_attempts, named_attempts
 from tests.support.scope_names import name_attempts
+from tests.support.scope_pool import question_vector
 
 SOME = -1
 """Between the places of the owner and of the stranger on the ramp: each is served by another store."""

@@ -14,8 +14,8 @@ from tests.support.backend import User
 from tests.support.database import Database
 from tests.support.obedient_model import order
 from tests.support.scope import QUESTION, SECRET, TEXT, Attempt, World
-from tests.support.scope_context import question_vector
 from tests.support.scope_http import ACTS, Sending
+from tests.support.scope_pool import question_vector
 
 WITHOUT_PREDICATE = {
     "SEARCH": ("WHERE user_id = %(user_id)s", "WHERE %(user_id)s > 0"),
