@@ -71,9 +71,8 @@ def agent_attempts() -> Iterator[Attempt]:
     for tool, args in TOOLS.items():
         for how, extra in SMUGGLED.items():
             yield Attempt("prompt in chat", f"{tool} with {how}", _asked(tool, args, extra))
-        for how, words in WORDS.items():
-            yield Attempt("prompt in chat", f"{tool} {how}", _said(words, tool, args))
     for how, words in WORDS.items():
+        yield Attempt("prompt in chat", f"recall_fact {how}", _said(words, "recall_fact", TOOLS["recall_fact"]))
         yield Attempt("prompt in a document", f"recall_fact {how}", _written(words))
     for tool, args_of in UNKNOWN.items():
         yield Attempt("tools that are not there", tool, _with_unknown(tool, args_of))

@@ -34,7 +34,7 @@ ASKED: dict[str, Callable[[PgvectorStore, World, int, Vector], str]] = {
 }
 SCOPED = [name for name in ASKED if not name.startswith("without")]
 """Those that name the user in the statement itself."""
-ROUNDS = 8
+ROUNDS = 6
 """Beyond psycopg's threshold for preparing a statement."""
 
 
@@ -50,7 +50,7 @@ def _pooled(
     before: Callable[[PgvectorStore, int, Vector], object], asked: Callable[[PgvectorStore, World, int, Vector], str]
 ) -> Callable[[World, User], bool]:
     def reach(world: World, user: User) -> bool:
-        vector = question_vector()
+        vector = vector_of(QUESTION)
         with open_pool(world.database.conninfo(Role.APP), 1, name="one") as pool:
             store, heard = PgvectorStore(pool), []
             for _ in range(ROUNDS):
@@ -61,8 +61,8 @@ def _pooled(
     return reach
 
 
-def question_vector() -> Vector:
-    return np.array(rag_tools.service().embeddings.embed_query(QUESTION), np.float32)
+def vector_of(text: str) -> Vector:
+    return np.array(rag_tools.service().embeddings.embed_query(text), np.float32)
 
 
 def _failed(store: PgvectorStore, owner: int) -> None:

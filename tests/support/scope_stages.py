@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from langchain_core.embeddings import Embeddings
 
@@ -30,7 +29,7 @@ from tests.support.scope import QUESTION, SECRET, TEXT, Attempt, Reach, World
 from tests.support.scope_context import TOOLS, context_attempts
 from tests.support.scope_http import ACTS, Sending, id_attempts, named_attempts
 from tests.support.scope_names import name_attempts
-from tests.support.scope_pool import question_vector
+from tests.support.scope_pool import vector_of
 
 SOME = -1
 """Between the places of the owner and of the stranger on the ramp: each is served by another store."""
@@ -131,12 +130,12 @@ def _told(name: str) -> Reach:
 
 
 def _searched(store: Store, k: int) -> Reach:
-    return lambda _world, user: SECRET in str(service().stores[store].search(user.id, question_vector(), k))
+    return lambda _world, user: SECRET in str(service().stores[store].search(user.id, vector_of(QUESTION), k))
 
 
 def _merged(stores: Sequence[Store], k: int) -> Reach:
     return lambda _world, user: (
-        SECRET in str(service().stores.search(stores, user.id, question_vector(), k, frozenset()))
+        SECRET in str(service().stores.search(stores, user.id, vector_of(QUESTION), k, frozenset()))
     )
 
 
@@ -153,7 +152,7 @@ def _routed() -> dict[str, Reach]:
     return {
         "GET /api/search": lambda world, user: ACTS["GET", "/api/search"](Sending(world, user)),
         "query_uploaded_documents": _tool,
-        "search": lambda _world, user: SECRET in str(service().search(user.id, question_vector(), 50)),
+        "search": lambda _world, user: SECRET in str(service().search(user.id, vector_of(QUESTION), 50)),
     }
 
 
@@ -258,7 +257,7 @@ def _assigned(store: Store | None) -> Reach:
 
     def reach(world: World, user: User) -> bool:
         number = next(_numbers)
-        vector = np.array(service().embeddings.embed_query(legacy_text(number)), np.float32)
+        vector = vector_of(legacy_text(number))
         found = _searching(store, user.id, vector, number)
         assert not found(), "a legacy chunk is served before it is anybody's"
         seen, stop = list[bool](), threading.Event()

@@ -13,9 +13,9 @@ from src.tools.rag_tools import pgvector_store
 from tests.support.backend import User
 from tests.support.database import Database
 from tests.support.obedient_model import order
-from tests.support.scope import QUESTION, SECRET, TEXT, Attempt, World
-from tests.support.scope_http import ACTS, Sending
-from tests.support.scope_pool import question_vector
+from tests.support.scope import SECRET, TEXT, Attempt, World
+from tests.support.scope_http import Sending
+from tests.support.scope_pool import vector_of
 
 WITHOUT_PREDICATE = {
     "SEARCH": ("WHERE user_id = %(user_id)s", "WHERE %(user_id)s > 0"),
@@ -28,11 +28,9 @@ WITHOUT_PREDICATE = {
 
 def statement_attempts() -> Iterator[Attempt]:
     """Each statement, as the service runs it; the user in the scope is whoever asks."""
-    yield Attempt("statements", "GET /api/search", lambda world, user: ACTS["GET", "/api/search"](Sending(world, user)))
+    yield Attempt("statements", "GET /api/search", _http)
     yield Attempt("statements", "the agent's search", _agent)
-    yield Attempt(
-        "statements", "search", lambda _world, user: SECRET in str(_store().search(user.id, question_vector(), 9))
-    )
+    yield Attempt("statements", "search", _search)
     yield Attempt(
         "statements", "document", lambda world, user: SECRET in str(_store().document(user.id, world.document))
     )
@@ -68,8 +66,18 @@ def _store() -> pgvector_store.PgvectorStore:
     return rag_tools.service().pgvector
 
 
+def _http(world: World, user: User) -> bool:
+    return Sending(world, user).shows("GET", "/api/search", params={"q": TEXT, "k": "20"})
+
+
+def _search(_world: World, user: User) -> bool:
+    return SECRET in str(_store().search(user.id, vector_of(TEXT), 9))
+
+
 def _agent(world: World, user: User) -> bool:
-    return SECRET in world.chat(user, order("query_uploaded_documents", query=QUESTION))
+    """The question itself tells the secret, so only what the tool returned is looked at."""
+    world.chat(user, order("query_uploaded_documents", query=TEXT))
+    return SECRET in world.model.chats[-1].body["messages"][-1]["content"]
 
 
 def _inventory(world: World, user: User) -> bool:
