@@ -15,6 +15,8 @@ from src.tools.rag_tools.migration.flags import View
 from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import ROUTING, Store
 
+SILENT_SECONDS = 10.0
+"""A busy process misses a poll or two."""
 UNFINISHED = "SELECT count(*) FROM documents WHERE status IN ('received', 'indexing')"
 NOBODYS = "SELECT count(*) FROM legacy_chunks WHERE status <> 'assigned'"
 
@@ -62,9 +64,12 @@ def _arrival(running: list[Instance], late: list[Instance], dead_seconds: float)
     if not running:
         return "no backend process runs: the step is in force at once"
     seconds = 2 * migration_settings.POLL_SECONDS
-    told = f"{len(running)} backend processes act on it within some {seconds:.0f} seconds and the end of their requests"
+    told = (
+        f"every backend process ({len(running)}) acts on it within about {seconds:.0f} seconds,"
+        " or once the requests that it is answering are over"
+    )
     silent = max(running, key=lambda each: each.silent)
-    if silent.silent <= seconds:
+    if silent.silent < SILENT_SECONDS:
         return told
     return f"{told}; {silent} is waited for until it is heard, {dead_seconds - silent.silent:.0f} seconds at most"
 
