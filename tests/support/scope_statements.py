@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import pytest
 
 from src.tools import rag_tools
 from src.tools.rag_tools import pgvector_store
+from src.tools.rag_tools.giants import make_giant
 from tests.support.backend import User
 from tests.support.database import Database
 from tests.support.obedient_model import order
-from tests.support.scope import SECRET, TEXT, Attempt, World
+from tests.support.scope import SECRET, TEXT, Attempt, Reach, World
 from tests.support.scope_http import Sending
 from tests.support.scope_pool import vector_of
 
 WITHOUT_PREDICATE = {
+    "SEARCH_GIANT": ("WHERE user_id = %(user_id)s", "WHERE %(user_id)s > 0"),
     "SEARCH": ("WHERE user_id = %(user_id)s", "WHERE %(user_id)s > 0"),
     "INVENTORY": ("WHERE user_id = %s", "WHERE %s > 0"),
     "DOCUMENT": ("WHERE user_id = %s AND", "WHERE %s > 0 AND"),
@@ -38,6 +41,28 @@ def statement_attempts() -> Iterator[Attempt]:
     yield Attempt("statements", "delete", _delete)
 
 
+def giant_attempts() -> Iterator[Attempt]:
+    """The same where owner and stranger have so many chunks that they are searched in another way."""
+    for attempt in statement_attempts():
+        yield Attempt("a giant's statements", attempt.name, _as_giants(attempt.reach))
+
+
+def _as_giants(reach: Reach) -> Reach:
+    def among_giants(world: World, user: User) -> bool:
+        giants = _store().giants
+        with giants.pool.connection() as connection:
+            for each in (world.owner, world.stranger):
+                make_giant(connection, each.id)
+            giants.load(connection)
+            try:
+                return reach(world, user)
+            finally:
+                connection.execute("DELETE FROM giant_users")
+                giants.load(connection)
+
+    return among_giants
+
+
 @contextmanager
 def without_predicate() -> Iterator[None]:
     """Every statement on the chunks asks for everybody's."""
@@ -51,15 +76,19 @@ def without_predicate() -> Iterator[None]:
 
 @contextmanager
 def without_row_level_security(database: Database) -> Iterator[None]:
-    """The table lets everybody see everything."""
+    """The tables let everybody see everything."""
     with psycopg.connect(database.superuser_conninfo(), autocommit=True) as superuser:
-        for word in ("NO FORCE", "DISABLE"):
-            superuser.execute(f"ALTER TABLE document_chunks {word} ROW LEVEL SECURITY")
+        _alter(superuser, "NO FORCE", "DISABLE")
         try:
             yield
         finally:
-            for word in ("ENABLE", "FORCE"):
-                superuser.execute(f"ALTER TABLE document_chunks {word} ROW LEVEL SECURITY")
+            _alter(superuser, "ENABLE", "FORCE")
+
+
+def _alter(superuser: psycopg.Connection[Any], *words: str) -> None:
+    for word in words:
+        for table in ("document_chunks", "chunk_halves"):
+            superuser.execute(f"ALTER TABLE {table} {word} ROW LEVEL SECURITY")
 
 
 def _store() -> pgvector_store.PgvectorStore:
