@@ -23,7 +23,7 @@ The backend listens on {base}; its description is on {base}/docs.
   TOKEN=$(curl -s {base}/auth/login -H 'Content-Type: application/json' \\
       -d '{{"username": "{user}", "password": "{password}"}}' | sed -E 's/.*"access_token":"([^"]+)".*/\\1/')
   curl -s {base}/api/upload -H "Authorization: Bearer $TOKEN" -F file=@your.pdf
-  curl -s {base}/api/documents -H "Authorization: Bearer $TOKEN"
+  until curl -s {base}/api/documents -H "Authorization: Bearer $TOKEN" | grep '"ready"'; do sleep 1; done
   curl -s -G {base}/api/search -H "Authorization: Bearer $TOKEN" --data-urlencode 'q=your question'
 
 {chat}Ctrl-C stops it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,6 +50,8 @@ def test_a_question_is_answered_from_an_own_pdf_on_a_machine_with_nothing_set_up
         wait_for_line(process, "Application startup complete", told)
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             assert ask_the_pdf(client)["file_name"] == "timetable.pdf"
+        if shutil.which("curl"):
+            assert "Gallery" in typed(server_folder, "".join(told))
     finally:
         process.send_signal(signal.SIGTERM)
         told.append(process.communicate(timeout=START_SECONDS)[0])
@@ -63,6 +66,17 @@ def wait_for_line(process: subprocess.Popen[str], text: str, told: list[str]) ->
         if text in line:
             return
     raise AssertionError("".join(told))
+
+
+def typed(folder: Path, told: str) -> str:
+    """What the last of the lines that it tells prints, copied into a shell with a file and a question of one's own."""
+    (folder / "museum.pdf").write_bytes(files.pdf(["Gallery 4 shows the clocks; it is closed on Mondays."]))
+    lines = "\n".join(line for line in told.splitlines() if line.startswith("  "))
+    lines = lines.replace("your.pdf", "museum.pdf").replace("your question", "When is the gallery closed?")
+    assert lines.count("curl") == 4
+    shell = subprocess.run(["bash", "-euo", "pipefail", "-c", lines], cwd=folder, capture_output=True, text=True)
+    assert shell.returncode == 0, shell.stderr
+    return shell.stdout.splitlines()[-1]
 
 
 def ask_the_pdf(client: httpx2.Client) -> Any:
