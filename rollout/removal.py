@@ -24,6 +24,8 @@ PATHS = (
     "deploy/grafana/dashboard.json",
     "deploy/prometheus/alerts.yml",
     "deploy/prometheus/alerts_test.yml",
+    "docs/adopt.md",
+    "docs/architecture.md",
     "docs/images/",
     "docs/observability.md",
     "docs/runbook-trial.md",
