@@ -42,6 +42,8 @@ RECORD = """
 INSERT INTO faiss_archives (transition_id, sha256, path, chunks, actor)
 SELECT max(id), %s, %s, %s, %s FROM rollout_transitions
 """
+RECORDED = "SELECT FROM faiss_archives LIMIT 0"
+"""Asked first: an archive that cannot be recorded is of no use to the gate, and its name would be taken."""
 RESTORED = "UPDATE faiss_archives SET restored_at = clock_timestamp() WHERE sha256 = %s RETURNING id"
 
 
@@ -63,6 +65,8 @@ def write(control: Control, target: Path) -> Archived:
     disk refuses; then nothing is left of `target`.
     """
     _refuse_used(target)
+    with control.connection() as connection:
+        connection.execute(RECORDED)
     steps.settle_store(control, Store.FAISS)
     generation = save(control)
     with _whole(target) as partial, tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as scratch:

@@ -163,7 +163,7 @@ def test_the_way_from_the_old_release_to_the_last_stage(reader: Reader) -> None:
 
 def gather(reader: Reader, backend: HttpProcess, section: Section) -> None:
     """Users ask until the present step has the evidence that its gate wants."""
-    if not section.title.startswith(("Stage shadow", "Stage live", "Stage rampdown")):
+    if not section.title.startswith(("Stage shadow", "Stage live", "Stage rampdown", "From complete")):
         return
     with reader.database.connect(autocommit=True) as connection:
         for number in range(2_000):

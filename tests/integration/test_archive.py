@@ -266,3 +266,14 @@ def test_an_archive_that_is_not_there_is_a_precondition(control: Control, tmp_pa
     with pytest.raises(PreconditionError, match="could not be written or read"):
         archive.restore(control, tmp_path / "faiss.tar", tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
+
+
+def test_what_cannot_be_recorded_is_not_written(control: Control, configured_database: Any, tmp_path: Path) -> None:
+    """As in a database that lacks the revision: the same command must do once it is there."""
+    with configured_database.connect(autocommit=True) as connection:
+        connection.execute("ALTER TABLE faiss_archives RENAME TO not_yet")
+        with pytest.raises(PreconditionError, match="alembic upgrade head"):
+            archive.write(control, tmp_path / "faiss.tar")
+        assert not (tmp_path / "faiss.tar").exists()
+        connection.execute("ALTER TABLE not_yet RENAME TO faiss_archives")
+    assert archive.write(control, tmp_path / "faiss.tar").recorded

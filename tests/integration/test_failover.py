@@ -17,8 +17,8 @@ from src.tools.rag_tools.migration.router import Router
 from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import Stage, Store
 from src.tools.rag_tools.pgvector_store import open_pool
-from tests.support.lost_commits import restore
 from tests.support.routers import HashEmbeddings, add_users, router_on, set_stage, write_note
+from tests.support.seeds import restore
 
 pytestmark = pytest.mark.migration
 

@@ -182,7 +182,7 @@ def approximate_index(planted: Planted) -> Iterator[None]:
     """An index over all users that gives one candidate, and no other way to the chunks."""
     name = planted.database.name
     for statement in (
-        "ALTER TABLE document_chunks DROP CONSTRAINT document_chunks_pkey",
+        "ALTER TABLE document_chunks DROP CONSTRAINT document_chunks_pkey CASCADE",
         "DROP INDEX document_chunks_by_document, document_chunks_by_id",
         "CREATE INDEX approximate ON document_chunks USING hnsw (embedding vector_ip_ops)",
         f"ALTER DATABASE {name} SET hnsw.ef_search = 1",

@@ -12,9 +12,9 @@ from src.tools.rag_tools.migration.causes import Cause
 from src.tools.rag_tools.migration.router import Router
 from src.tools.rag_tools.migration.stages import Stage, Store
 from tests.support.backend import away
-from tests.support.lost_commits import restore
 from tests.support.planted import Planted, approximate_index, planting
 from tests.support.routers import router_on, write_note
+from tests.support.seeds import restore
 from tests.support.small import Small
 
 ADA, BEN = 1, 2

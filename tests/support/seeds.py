@@ -29,3 +29,16 @@ def write_note(directory: Path, name: str, text: str) -> Path:
     path = uploads / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def restore(database: Database, before: int) -> None:
+    """As if the commits after document `before` had never been: rows, ledger, sequence, the last transition."""
+    with database.connect(autocommit=True) as connection:
+        connection.execute("ALTER TABLE documents DISABLE TRIGGER leave_a_debt")
+        connection.execute("DELETE FROM documents WHERE id > %s", (before,))
+        connection.execute("ALTER TABLE documents ENABLE TRIGGER leave_a_debt")
+        connection.execute("DELETE FROM vector_ledger WHERE document_id > %s", (before,))
+        connection.execute("ALTER TABLE document_chunks NO FORCE ROW LEVEL SECURITY")
+        connection.execute("DELETE FROM document_chunks WHERE document_id > %s", (before,))
+        connection.execute("ALTER TABLE document_chunks FORCE ROW LEVEL SECURITY")
+        connection.execute("SELECT setval('documents_id_seq', %s)", (before,))
