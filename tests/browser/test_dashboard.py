@@ -6,6 +6,7 @@ With VICTUS_SCREENSHOTS=1 the pictures of docs/images are made anew; otherwise n
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from rollout.control import Control
 from rollout.profiles import PRODUCTION
 from rollout.report import collect, render
+from src.tools.rag_tools.migration.shadow import fingerprint
 from tests.support import rollouts
 from tests.support.control import control_on
 from tests.support.rollouts import HOSTILE, difference
@@ -247,3 +249,32 @@ def legible(seen: Seen) -> None:
     assert min(texts.values()) >= 4.5, texts
     shapes = seen.page.evaluate(CONTRASTS, SHAPES)
     assert min(shapes.values(), default=3) >= 3, shapes
+
+
+AN_HOUR_WITH_FEW = """
+WITH stepped AS (
+    INSERT INTO rollout_transitions (id, stage, read_percent, shadow_sample_rate, actor, reason, created_at)
+    SELECT max(id) + 1, 'shadow', 0, 1, 'test', 'test', clock_timestamp() - interval '1 hour' FROM rollout_transitions
+    RETURNING id
+)
+INSERT INTO shadow_diffs (at, transition_id, stage, user_id, cohort, cause, served_by, overlap_at_k, served_ms,
+                          shadow_ms, fingerprint, event)
+SELECT clock_timestamp() - interval '1 minute', id, 'shadow', 1, 'small', 'match', 'faiss', 1, 4, 5, %s, '{}'
+FROM stepped, generate_series(1, 200)
+"""
+
+
+def test_the_gate_shows_value_and_threshold_and_how_long_until_there_is_enough(
+    browser: Any, poisoned: tuple[Any, rollouts.Made, Control]
+) -> None:
+    database, _, control = poisoned
+    with database.connect(autocommit=True) as connection:
+        connection.execute(AN_HOUR_WITH_FEW, (fingerprint(3),))
+    with browsers.dashboard(control, clock=Clock()) as url, opened(browser, url) as seen:
+        rows = seen.page.locator("section[aria-labelledby=gate] tbody tr")
+        told = {row.locator("th").inner_text().split()[0]: row.locator("td").all_inner_texts() for row in rows.all()}
+        _, value, needed, todo = told["comparisons"]
+        assert (value, needed) == ("200 comparisons", ">= 1000")
+        # 800 more, at 200 an hour.
+        assert re.fullmatch(r"wait for traffic, about 4:0\d:\d\d at the pace so far", todo)
+        assert (told["soak"][1][:3], told["soak"][2]) == ("1:0", ">= 2 days, 0:00:00")
