@@ -31,6 +31,7 @@ def write_note(directory: Path, name: str, text: str) -> Path:
     return path
 
 
+# migration
 def restore(database: Database, before: int) -> None:
     """As if the commits after document `before` had never been: rows, ledger, sequence, the last transition."""
     with database.connect(autocommit=True) as connection:
@@ -42,3 +43,6 @@ def restore(database: Database, before: int) -> None:
         connection.execute("DELETE FROM document_chunks WHERE document_id > %s", (before,))
         connection.execute("ALTER TABLE document_chunks FORCE ROW LEVEL SECURITY")
         connection.execute("SELECT setval('documents_id_seq', %s)", (before,))
+
+
+# end of migration
