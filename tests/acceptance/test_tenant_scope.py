@@ -51,7 +51,7 @@ TABLE: dict[str, Callable[[dict[str, Any]], Iterator[Attempt]]] = {
 def world(
     postgres: EmbeddedServer, template_database: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """The backend on PostgreSQL alone, as it is once FAISS is gone."""
+    """The backend on PostgreSQL alone, whatever else this release may serve from."""
     with pytest.MonkeyPatch.context() as changes:
         changes.setattr(rag_tools, "Service", Documents)
         with world_on(postgres, template_database, tmp_path_factory.mktemp("scope")) as running:

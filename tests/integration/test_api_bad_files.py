@@ -76,6 +76,7 @@ def test_each_file_that_cannot_be_read_fails_with_a_reason_to_act_on_and_leaves_
     assert len(ada.get("/api/search", params={"q": "file"}).json()) == 1, "the next one is served as ever"
 
 
+# migration
 @pytest.mark.migration
 def test_where_both_stores_are_written_neither_keeps_anything_of_such_a_file(
     backend: Backend, configured_database: Database
@@ -95,6 +96,9 @@ def test_where_both_stores_are_written_neither_keeps_anything_of_such_a_file(
     with configured_database.connect() as connection:
         states = connection.execute("SELECT DISTINCT wanted, state FROM vector_ledger").fetchall()
     assert states == [("absent", "done")]
+
+
+# end of migration
 
 
 def test_a_file_of_200_megabytes_is_refused_by_its_declared_length(backend: Backend) -> None:
