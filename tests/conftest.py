@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from src.utils.file_lock import Mode, acquire, holding
+from tests.support import statements
 from tests.support.fault_table import pytest_terminal_summary  # noqa: F401  a hook, by its name  # migration
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ run_folder = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    statements.record()
     inherited = getattr(config, "workerinput", {}).get("run_folder")
     config.stash[run_folder] = Path(inherited) if inherited else _new_run_folder()
 
@@ -52,6 +54,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     # Another run that looks for abandoned folders would put its lock into this one meanwhile.
     with holding(ALONE):
         _remove(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _statements_name_the_user() -> Iterator[None]:
+    """At the end of the run: a statement on the chunks that any test made the project run, and that names no user."""
+    yield
+    unscoped = {text: where for text, where in statements.ran.items() if statements.names_no_user(text)}
+    assert not unscoped, f"statements on document_chunks without user_id: {unscoped}"
 
 
 @pytest.fixture
