@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 from benchmarks import crowds, data, growth, loading, processes, reads, routing, site, tables, uploads
 from benchmarks.bench import QUICK_CHUNKS, Bench, Figure, Row, say
 from benchmarks.peers import Peers
+from src import log as logs
 
 # In this order: backfill fills what the others read, and the stages only go forward.
 FAMILIES: dict[str, Sequence[Figure]] = {
@@ -29,6 +33,7 @@ FAMILIES: dict[str, Sequence[Figure]] = {
 
 def main() -> int:
     asked = _arguments()
+    _log_as_in_use()
     chunks = asked.chunks or (QUICK_CHUNKS if asked.quick else 100_000)
     with Peers() as peers, site.site() as place:
         if asked.name == "growth":
@@ -50,6 +55,14 @@ def main() -> int:
 def _measure(bench: Bench, name: str | None) -> list[Row]:
     figures = FAMILIES[name] if name else chain.from_iterable(FAMILIES.values())
     return [row for figure in dict.fromkeys(figures) for row in figure(bench)]
+
+
+def _log_as_in_use() -> None:
+    """Rendered as in the backend, which is part of what is measured, and written to nowhere."""
+    logs.configure("INFO")
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(Path(os.devnull).open("w"))  # noqa: SIM115 - until the process ends
 
 
 def _arguments() -> argparse.Namespace:

@@ -29,9 +29,11 @@ from src.tools.rag_tools.embeddings import (
     embed_query,
     embed_texts,
     embedder,
+    embedder_later,
 )
 from src.tools.rag_tools.store import InvalidVectorError
 from tests.support import files
+from tests.support.embeddings import HashEmbeddings
 from tests.support.openai_server import (
     Constant,
     CutStream,
@@ -340,3 +342,21 @@ def test_loading_the_local_model_changes_no_logging_and_asks_no_network() -> Non
         f"assert (logging.root.handlers, logging.root.level) == ([], {logging.WARNING})\n"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_a_provider_made_later_is_made_once_and_what_is_missing_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[HashEmbeddings] = []
+
+    def make(_: Any) -> HashEmbeddings:
+        made.append(HashEmbeddings())
+        return made[-1]
+
+    monkeypatch.setattr("src.tools.rag_tools.embeddings.embedder", make)
+    later = embedder_later(Settings(EMBEDDING_PROVIDER="openai", OPENAI_API_KEY=SecretStr("key")))
+    assert made == []
+    assert later.embed_query("a") == later.embed_documents(["a"])[0]
+    assert len(made) == 1
+    with pytest.raises(EmbeddingUnavailableError, match="OPENAI_API_KEY"):
+        embedder_later(Settings(EMBEDDING_PROVIDER="openai", OPENAI_API_KEY=None))

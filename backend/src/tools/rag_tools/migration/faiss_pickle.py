@@ -147,7 +147,7 @@ _RESTORE = "restore index.faiss and index.pkl together from one backup"
 
 
 def _load(path: Path) -> Any:
-    with path.open("rb") as file, _collector_paused():
+    with path.open("rb") as file, collector_paused():
         try:
             return _Unpickler(file, path).load()
         except (HostilePickleError, OSError):
@@ -194,7 +194,7 @@ def _checked(document: Any, key: str, path: Path) -> _Document:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Else it goes through all that was read so far again and again, for half of the time."""
     was_running = gc.isenabled()
     gc.disable()

@@ -8,6 +8,7 @@ journal into a new pair of files that LangChain opens; the journal stays as it i
 from __future__ import annotations
 
 import datetime
+import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from src.tools.rag_tools.migration.faiss_format import Content
 from src.tools.rag_tools.migration.faiss_generations import Generation, Stamp, current_generation, stamp
 from src.tools.rag_tools.migration.faiss_journal import Entry, Journal, Op, utc_now
 from src.tools.rag_tools.migration.faiss_memory import Memory
-from src.tools.rag_tools.migration.faiss_pickle import PickledChunks
+from src.tools.rag_tools.migration.faiss_pickle import PickledChunks, collector_paused
 from src.tools.rag_tools.migration.faiss_records import BaseChunk, Counts, Owner, Owners, Sample
 from src.tools.rag_tools.migration.stages import Store
 from src.tools.rag_tools.store import (
@@ -131,7 +132,10 @@ class FaissStore:
         """Read the index, unless that was done. Raises a FaissDirectoryError."""
         with self._lock:
             if self._loaded is None:
-                self._read()
+                with collector_paused():
+                    self._read()
+                # What was read lives as long as the process; a collector that goes through it stops every request.
+                gc.freeze()
 
     def _read(self) -> None:
         saved = faiss_files.open_files(self.directory, host=self._host, now=self._now)
