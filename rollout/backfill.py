@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 STREAMS = 2
 """PostgreSQL works on each with one process; a third no longer helps where it has two processors."""
-BATCH_CHUNKS = 2_000
+BATCH_CHUNKS = 4_000
 PAGE_DOCUMENTS = 500
 FIRST_DOCUMENTS = 20
 ROWS_PER_SECOND = 8_000

@@ -129,6 +129,8 @@ def legacy_chunk_id(docstore_id: str) -> uuid.UUID:
 def normalise_text(text: str) -> str:
     """Text that PostgreSQL can hold: NUL becomes a space, a lone surrogate the replacement character."""
     text = text.replace("\0", " ")
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -176,12 +178,12 @@ def canonical_json(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     match value:
+        case str():
+            return normalise_text(value)
         case None | bool() | int():
             return value
         case float():
             return value if math.isfinite(value) else None
-        case str():
-            return normalise_text(value)
         case Mapping():
             return normalise_metadata(value)
         case list() | tuple():
