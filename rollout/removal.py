@@ -30,6 +30,7 @@ PATHS = (
     "docs/observability.md",
     "docs/performance.md",
     "docs/runbook-trial.md",
+    "docs/scaling.md",
     "RUNBOOK.md",
     "tests/acceptance/faults/",
     "tests/browser/",
