@@ -328,14 +328,19 @@ def test_a_writer_that_wakes_after_its_document_was_given_up_gets_an_error_and_l
 
 
 @pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("said_ready", [True, False])
 @pytest.mark.parametrize("point", ["kept.link", "pgvector.present"])
 def test_nor_is_it_where_the_other_process_tidied_up_what_this_one_still_needed(
-    world: World, point: str, answered: bool
+    world: World, monkeypatch: pytest.MonkeyPatch, point: str, said_ready: bool, answered: bool
 ) -> None:
+    """Both stores have it; the other process may not have come to say that it is ready."""
     world.stage(Stage.RAMPDOWN)
     document_id = world.receive()
+    if not said_ready:
+        monkeypatch.setattr(world.second.settler, "_finish_ready", lambda _: None)
     with at(point, lambda: world.second.settler.run(at_once=True)):
         world.first.index(document_id, answered=answered)
+    monkeypatch.undo()
     world.settle()
     world.assert_whole(document_id)
     assert world.files() == {"1.md"}

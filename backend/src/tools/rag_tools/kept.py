@@ -60,6 +60,8 @@ def keep(path: Path, chunks: Sequence[Chunk]) -> list[Chunk]:
     document_id = _document_id(path, chunks)
     with _explained("write", path):
         first = _publish(path, _encode(document_id, chunks))
+    if first is None:
+        return keep(path, chunks)
     if first:
         return list(chunks)
     kept = load(path, document_id)
@@ -115,8 +117,11 @@ def _explained(act: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _publish(path: Path, data: bytes) -> bool:
-    """Put `data` at `path` durably, unless something is there already; True if it was put."""
+def _publish(path: Path, data: bytes) -> bool | None:
+    """Put `data` at `path` durably, unless something is there already; True if it was put.
+
+    None where another process forgot the document in between, and this one's half with it.
+    """
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with faults.point("kept.write"):
@@ -131,12 +136,14 @@ def _publish(path: Path, data: bytes) -> bool:
     return first
 
 
-def _linked(part: Path, path: Path) -> bool:
+def _linked(part: Path, path: Path) -> bool | None:
     try:
         # A rename would replace what another process kept first and has given to a store.
         os.link(part, path)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        return None
     return True
 
 
