@@ -223,7 +223,7 @@ def test_a_start_that_fails_leaves_nothing_running(
 def test_callers_who_come_first_at_once_open_one_service(
     configured_database: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.tools.rag_tools.embeddings.embedder", lambda _: HashEmbeddings())
+    monkeypatch.setattr(rag_tools, "embedder_later", HashEmbeddings)
     found: list[Any] = []
     threads = [threading.Thread(target=lambda: found.append(rag_tools.service())) for _ in range(4)]
     for thread in threads:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
 
 TOP_K = 3
+WARM_SECONDS = 1.0
 
 _lock = threading.Lock()
 _service: Service | None = None
@@ -43,8 +44,10 @@ def open_service(embeddings: Embeddings | None = None) -> Service:
         service.sweep(settings.UPLOAD_DIR)
         undone.pop_all()
     if isinstance(made, LaterEmbeddings):
-        # Once it is ready: the first question should not wait for what a start does not.
-        threading.Thread(target=_warm, args=(made,), name="embeddings-warm", daemon=True).start()
+        # Soon after it is ready: the first question should not wait for what a start does not.
+        warming = threading.Timer(WARM_SECONDS, _warm, (made,))
+        warming.daemon = True
+        warming.start()
     return service
 
 

@@ -38,12 +38,16 @@ READ_TIMEOUT_MS = 5_000
 WRITE_TIMEOUT_MS = 30_000
 
 SCOPE = "SELECT set_config('app.user_id', %s, true), set_config('statement_timeout', %s, true)"
+# The distance is computed once a row; as part of two expressions it would be twice.
 SEARCH = """
-SELECT id, document_id, content, metadata, -(embedding <#> %(vector)b) AS similarity
-FROM document_chunks
-WHERE user_id = %(user_id)s
-ORDER BY embedding <#> %(vector)b, id
-LIMIT %(k)s
+SELECT id, document_id, content, metadata, -distance AS similarity
+FROM (
+    SELECT id, document_id, content, metadata, embedding <#> %(vector)b AS distance
+    FROM document_chunks
+    WHERE user_id = %(user_id)s
+    ORDER BY distance, id
+    LIMIT %(k)s
+) AS nearest
 """
 # The copy in half the width ranks all of them; what it takes for the best is ranked again by the vectors
 # themselves. The subquery makes PostgreSQL convert the question once, not once a row.

@@ -235,7 +235,7 @@ class Router(Documents):
                 begun = self.clock()  # what is compared is this store's answer, not the other's failure
                 hits = self._ask(view, plan, stores, user_id, vector, k)
         self.flags.count(f"reads.{'+'.join(stores)}")
-        if ROUTING[view.stage].shadow and len(stores) == 1:
+        if ROUTING[view.stage].shadow and len(stores) == 1 and self.shadow.samples(view):
             self.shadow.offer(Read(view, user_id, vector, k, stores[0], hits, begun, self.clock()))
         return hits
 

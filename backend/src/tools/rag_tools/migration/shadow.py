@@ -28,6 +28,7 @@ from src.tools.rag_tools.migration import metrics
 from src.tools.rag_tools.migration.causes import Cause, classify
 from src.tools.rag_tools.migration.comparison import Comparison, compare
 from src.tools.rag_tools.migration.evidence import Read, Witness
+from src.tools.rag_tools.migration.flags import View
 from src.tools.rag_tools.migration.settings import MigrationSettings
 from src.tools.rag_tools.migration.stores import Stores
 from src.tools.rag_tools.pgvector_store import SEARCH, SEARCH_GIANT, PgvectorStore
@@ -93,10 +94,12 @@ class Shadow:
             thread.start()
             self._threads.append(thread)
 
+    def samples(self, view: View) -> bool:
+        """Whether this read is to be compared: decided by chance, before anything is made for it."""
+        return random.random() < view.sample_rate  # noqa: S311 - sampling, not a secret
+
     def offer(self, read: Read) -> None:
-        """Queue a comparison if it is sampled and there is room; returns at once."""
-        if random.random() >= read.view.sample_rate:  # noqa: S311 - sampling, not a secret
-            return
+        """Queue a comparison if there is room; returns at once."""
         try:
             self._queue.put_nowait(read)
         except queue.Full:
