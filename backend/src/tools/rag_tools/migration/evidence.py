@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, LiteralString
 
 from structlog.contextvars import get_contextvars
 
-from src.tools.rag_tools.migration.causes import SIMILARITY_TOLERANCE, Evidence
+from src.tools.rag_tools.migration.causes import SIMILARITY_TOLERANCE, Cause, Evidence, classify
 from src.tools.rag_tools.migration.comparison import Comparison
 from src.tools.rag_tools.migration.flags import View
 from src.tools.rag_tools.migration.stages import Store
@@ -20,6 +20,8 @@ from src.tools.rag_tools.migration.stores import Stores
 from src.tools.rag_tools.pgvector_store import SCOPE, unavailable
 from src.tools.rag_tools.store import Hit, Vector
 
+# Nobody asks what was owed where it decides nothing; most answers agree.
+WHATEVER_IS_OWED = (Cause.MATCH, Cause.TIE, Cause.OWNER_MISMATCH)
 # A margin of a second for the time that a commit needs to be seen; it can only make a diff `stale`.
 OWED_MEANWHILE = """
 SELECT EXISTS (
@@ -75,15 +77,19 @@ class Witness:
         exact = {store: self._exact(store, read, shown) for store, shown in alone.items()}
         theirs = {hit.chunk_id: hit for hit in hits}
         both = [(hit, theirs[hit.chunk_id]) for hit in read.hits if hit.chunk_id in theirs]
-        return Evidence(
+        found = Evidence(
             user_id=read.user_id,
             comparison=comparison,
+            owed_meanwhile=False,
             missing={served: comparison.missing_in_first, other: comparison.missing_in_second},
             holders={store: self._holders(store, read, shown, exact[store]) for store, shown in alone.items()},
             content_differs=tuple(one.chunk_id for one, another in both if one.content != another.content),
             vector_differs=_drifted(both) + _moved(alone, exact),
-            owed_meanwhile=self._owed_meanwhile(read),  # asked last: what has changed by then counts
         )
+        if classify(found) in WHATEVER_IS_OWED:
+            return found
+        # Asked last: what has changed by then counts.
+        return replace(found, owed_meanwhile=self._owed_meanwhile(read))
 
     def ask(self, statement: LiteralString, parameters: Any, user_id: int | None = None) -> list[tuple[Any, ...]]:
         """One round trip that does not wait for a lock for longer than a shadow read may. Raises StoreError."""
