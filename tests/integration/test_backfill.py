@@ -132,8 +132,8 @@ class Altered:
     def __init__(self, faiss: FaissStore, document_id: int, change: Callable[[list[Chunk]], list[Chunk]]) -> None:
         self.faiss, self.document_id, self.change = faiss, document_id, change
 
-    def document(self, document_id: int) -> list[Chunk]:
-        chunks = self.faiss.document(document_id)
+    def document(self, document_id: int, user_id: int | None = None) -> list[Chunk]:
+        chunks = self.faiss.document(document_id, user_id)
         return self.change(chunks) if document_id == self.document_id else chunks
 
 
@@ -312,7 +312,7 @@ with open_pool(conninfo, 4, name="child") as pool:
         rows = connection.execute("SELECT docstore_id, user_id, document_id, ordinal FROM legacy_chunks")
         owners = Owners(1, {name: Owner(*rest) for name, *rest in rows})
     faiss = FaissStore.open(Path(directory), owners=owners)
-    backfill(pool, faiss, execute=True, progress=told, batch_chunks=10)
+    backfill(pool, faiss, execute=True, progress=told, batch_chunks=10, streams=1)
 """
 ROOT = Path(__file__).resolve().parents[2]
 
