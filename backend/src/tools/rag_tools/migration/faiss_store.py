@@ -8,7 +8,6 @@ journal into a new pair of files that LangChain opens; the journal stays as it i
 from __future__ import annotations
 
 import datetime
-import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -134,8 +133,6 @@ class FaissStore:
             if self._loaded is None:
                 with collector_paused():
                     self._read()
-                # What was read lives as long as the process; a collector that goes through it stops every request.
-                gc.freeze()
 
     def _read(self) -> None:
         saved = faiss_files.open_files(self.directory, host=self._host, now=self._now)
