@@ -52,8 +52,7 @@ def removed(files: Files) -> dict[str, bytes]:
     """The files that stay, as they are then. RefusedError where the line of the seam is not as expected."""
     if ROUTED not in files.get(SEAM, b""):
         raise RefusedError(f"{SEAM} does not import the router in the one line that is to be replaced")
-    kept = {path: text for path, text in files.items() if not path.startswith(PATHS)}
-    kept = {path: text for path, text in kept.items() if not _is_marked_test(path, text)}
+    kept = {path: text for path, text in files.items() if not (path.startswith(PATHS) or _is_marked_test(path, text))}
     kept = {path: _unmarked(path, text) for path, text in kept.items()}
     kept[SEAM] = _alone(kept[SEAM])
     _drop_idle_helpers(kept)
