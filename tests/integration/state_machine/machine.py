@@ -21,6 +21,7 @@ from tests.integration.state_machine.world import MANY_ATTEMPTS, Document, Proce
 
 MOST_REQUESTS = 4
 MOST_DOCUMENTS = 6
+YOUNGEST = 0
 
 STARTS = [(stage, percent) for stage in Stage for percent in ((0, 50, 100) if stage is Stage.LIVE else (0,))]
 PREPARE = ("kept.load", "upload.parse", "kept.write", "kept.link", "kept.sync")
@@ -133,11 +134,41 @@ class Machine(RuleBasedStateMachine):
         self, process: int, user: int, post: bool, order: Order, settling: int | None
     ) -> None:
         """Perhaps settled by a process that nobody has asked anything in between."""
-        actor = self._upload(process, user, post)
-        writes = actor.process.up.flags.view().plan(self.uploads[actor].user_id).writes
-        self._trouble(actor, WRITE[writes[-1]], order)
+        self._missed(process, user, post, order)
         if settling is not None:
             self.world.settle(self._process(settling)).finish()
+
+    @precondition(_may_upload)
+    @rule(process=some, user=some, order=orders, forward=st.booleans(), times=st.integers(1, 4))
+    def stores_miss_uploads_before_and_after_steps(
+        self, process: int, user: int, order: Order, forward: bool, times: int
+    ) -> None:
+        self._missed(process, user, False, order)
+        for _ in range(times):
+            self._all_poll()
+            self.world.step(forward)
+        self._all_poll()
+        if self._may_upload():
+            self._missed(process, user, False, order)
+
+    @precondition(_may_upload)
+    @rule(
+        process=some,
+        user=some,
+        post=st.booleans(),
+        point=st.sampled_from(STORED),
+        deleting=some,
+        order=st.just(Order.GO) | orders,
+    )
+    def delete_while_uploading(
+        self, process: int, user: int, post: bool, point: str, deleting: int, order: Order
+    ) -> None:
+        actor = self._upload(process, user, post)
+        if actor.reach(point):
+            self._delete(deleting, YOUNGEST).finish()
+            self.world.hurt |= order is not Order.GO
+            actor.obey(order)
+            actor.finish()
 
     @precondition(lambda self: self._may_begin() and self._deletable())
     @rule(process=some, document=some)
@@ -182,12 +213,13 @@ class Machine(RuleBasedStateMachine):
     def begin_settling(self, process: int, point: str) -> None:
         self.world.settle(self._process(process)).reach(point)
 
-    @precondition(lambda self: self._may_begin() and self._deletable())
-    @rule(process=some, point=st.sampled_from(APPLY), deleting=some, document=some)
-    def delete_while_settling(self, process: int, point: str, deleting: int, document: int) -> None:
+    @precondition(_may_upload)
+    @rule(process=some, user=some, order=orders, point=st.sampled_from(APPLY), deleting=some)
+    def delete_while_settling(self, process: int, user: int, order: Order, point: str, deleting: int) -> None:
+        self._missed(process, user, False, order)
         settling = self.world.settle(self._process(process))
-        if settling.reach(point):
-            self._delete(deleting, document).finish()
+        if settling.reach(point) and self._deletable():
+            self._delete(deleting, YOUNGEST).finish()
             settling.finish()
 
     @precondition(_may_begin)
@@ -326,6 +358,12 @@ class Machine(RuleBasedStateMachine):
             self.world.hurt = True
             actor.obey(order)
             actor.finish()
+
+    def _missed(self, process: int, user: int, post: bool, order: Order) -> None:
+        """An upload that the store written last misses."""
+        actor = self._upload(process, user, post)
+        writes = actor.process.up.flags.view().plan(self.uploads[actor].user_id).writes
+        self._trouble(actor, WRITE[writes[-1]], order)
 
     def _leave_behind(self, left: Process, forward: bool, times: int, how: Left) -> None:
         if how is Left.GIVEN_UP:

@@ -26,7 +26,7 @@ COPIED = ("backend/src", "rollout", "tests")
 HUNT = "tests.integration.state_machine.hunt"
 TEMPLATE = "seeds_template"
 MOST_EXAMPLES = 1000
-"""Ten times what the best hidden of them needs. A count and no time: a busy machine changes nothing."""
+"""The best hidden of them need a hundred or two. A count and no time: a busy machine changes nothing."""
 AT_ONCE = 2
 
 
