@@ -1,6 +1,6 @@
 """Sixteen people on four workers through PgBouncer while the rollout ramps up, restarts and goes back: nothing fails.
 
-`make load` runs it so for two minutes (LOAD_SECONDS=120). In the whole suite fewer people and workers go through the
+`make load` runs it so for two minutes (LOAD_SECONDS=120). With fewer seconds, fewer people and workers go through the
 same steps, for as long as those take. LOAD_SEED repeats what people wish for.
 """
 
