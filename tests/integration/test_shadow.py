@@ -117,9 +117,9 @@ def test_a_comparison_is_found_by_the_id_of_its_request(world: World) -> None:
     with structlog.contextvars.bound_contextvars(request_id="of-the-request"):
         world.ask()
     world.ask()
-    asked, alone = (event["request_id"] for event in world.compared())
-    assert asked == "of-the-request"
-    assert alone not in ("", asked)
+    ids = {event["request_id"] for event in world.compared()}  # two workers compare at once, in either order
+    assert len(ids - {""}) == 2
+    assert "of-the-request" in ids
 
 
 def test_tied_chunks_in_another_order_are_a_tie(world: World) -> None:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -195,6 +196,7 @@ def served(
     listener.start()
     try:
         made.wait_for(STARTED, workers)
+        _wait_for_listener(port)
         yield made
     finally:
         _end(process)
@@ -217,6 +219,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _wait_for_listener(port: int) -> None:
+    """A worker says that it has started, and listens a moment later; nothing tells of that but an answer."""
+    end = time.monotonic() + SECONDS
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, f"nobody listens on port {port}"
+        time.sleep(0.01)
 
 
 def _is_worker(child: psutil.Process) -> bool:
