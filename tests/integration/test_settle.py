@@ -328,6 +328,22 @@ def test_a_writer_that_wakes_after_its_document_was_given_up_gets_an_error_and_l
 
 
 @pytest.mark.parametrize("answered", [True, False])
+def test_an_upload_that_another_process_finished_in_the_other_store_is_found_at_once(
+    world: World, answered: bool
+) -> None:
+    world.stage(Stage.LIVE, 100)
+    document_id = world.receive()
+
+    def finish_then_fail() -> None:
+        world.second.settler.run(stores=[Store.FAISS], at_once=True)
+        raise StoreError("no space is left beside the uploads")
+
+    with at("kept.write", finish_then_fail):
+        world.first.index(document_id, answered=answered)
+    assert document_id in world.found(world.first)
+
+
+@pytest.mark.parametrize("answered", [True, False])
 @pytest.mark.parametrize("said_ready", [True, False])
 @pytest.mark.parametrize("point", ["kept.link", "pgvector.present"])
 def test_nor_is_it_where_the_other_process_tidied_up_what_this_one_still_needed(

@@ -311,6 +311,10 @@ class Documents:
         self._settled(document, changed)
         self.forget(document)
 
+    def _found_ready(self, document: Document) -> None:
+        """Acknowledge what another process has made ready; DocumentGoneError where it was deleted."""
+        self._settled(document, changed=False)
+
     def _erase(self, document: Document) -> None:
         self.pgvector.delete(document.user_id, document.id)
         self._erase_files(document)
@@ -344,7 +348,7 @@ class Documents:
         """Give up and raise `error`, unless another process has made the document ready meanwhile."""
         if self._give_up(document, str(error)):
             raise error
-        self._settled(document, changed=False)
+        self._found_ready(document)
 
     def _leave(self, document: Document, error: Exception) -> None:
         """Raise `error`, which settling mends, unless another process has brought the document to an end."""
@@ -353,6 +357,7 @@ class Documents:
             raise gone(now) from error
         if now.status != "ready":
             raise error
+        self._found_ready(document)
 
     def _give_up(self, document: Document, reason: str) -> bool:
         """Fail a document that nobody was told is received, or that cannot be read; False where it is too late."""

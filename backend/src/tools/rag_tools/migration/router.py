@@ -318,6 +318,11 @@ class Router(Documents):
             self._set_ready(document, view)
         self.settler.after(document.id)
 
+    def _found_ready(self, document: Document) -> None:
+        """As after a write of one's own: not where this process is behind, and with a note of what is owed."""
+        with self.flags.request(write=True) as view:
+            self._set_ready(document, view)
+
     def _erase(self, document: Document) -> None:
         self.flags.note_deleted(document.id)
         with self.flags.request(write=True) as view:
