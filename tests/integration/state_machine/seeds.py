@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parent / "seeds"
 COPIED = ("backend/src", "rollout", "tests")
 HUNT = "tests.integration.state_machine.hunt"
 TEMPLATE = "seeds_template"
-MOST_EXAMPLES = 1000
-"""The best hidden of them need a hundred or two. A count and no time: a busy machine changes nothing."""
+MOST_EXAMPLES = 3000
+"""The best hidden of them need some hundreds. A count and no time: a busy machine changes nothing."""
 AT_ONCE = 2
 
 
