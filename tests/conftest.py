@@ -36,11 +36,14 @@ ALONE = TEMPORARY / f"victus-tests.{os.getuid()}.lock"
 collect_ignore = [] if os.environ.get("LOAD_SECONDS") else ["acceptance/test_load.py"]
 # end of migration
 
+UNSCOPED = "victus/unscoped"
 run_folder = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     statements.record()
+    if not hasattr(config, "workerinput") and not _only_failed_ones(config):
+        _keep_unscoped(config, {})
     inherited = getattr(config, "workerinput", {}).get("run_folder")
     config.stash[run_folder] = Path(inherited) if inherited else _new_run_folder()
 
@@ -62,11 +65,28 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _statements_name_the_user() -> Iterator[None]:
-    """At the end of the run: a statement on the chunks that any test made the project run, and that names no user."""
+def _statements_name_the_user(pytestconfig: pytest.Config) -> Iterator[None]:
+    """At the end of the run: a statement on the chunks that any test made the project run, and that names no user.
+
+    It is laid at the door of whichever test was last, so asking that one again does not make up for it.
+    """
     yield
     unscoped = {text: where for text, where in statements.ran.items() if statements.names_no_user(text)}
+    if unscoped:
+        _keep_unscoped(pytestconfig, unscoped)
+    elif _only_failed_ones(pytestconfig):
+        cache = getattr(pytestconfig, "cache", None)
+        unscoped = cache.get(UNSCOPED, {}) if cache else {}
     assert not unscoped, f"statements on document_chunks without user_id: {unscoped}"
+
+
+def _only_failed_ones(config: pytest.Config) -> bool:
+    return bool(config.getoption("lf", default=False))
+
+
+def _keep_unscoped(config: pytest.Config, unscoped: dict[str, str]) -> None:
+    if cache := getattr(config, "cache", None):
+        cache.set(UNSCOPED, unscoped)
 
 
 @pytest.fixture
