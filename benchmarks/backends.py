@@ -28,7 +28,7 @@ def http() -> None:
     thread = threading.Thread(target=server.run)
     thread.start()
     while not _is_ready(port) and thread.is_alive():
-        time.sleep(0.005)
+        time.sleep(0.005)  # uvicorn tells nobody that it listens
     seconds = time.time() - psutil.Process().create_time()
     imported = [name for name in WATCHED if name in sys.modules]
     print(json.dumps({"seconds": seconds, "imported": imported}), file=answers_to, flush=True)
@@ -68,7 +68,7 @@ def asking() -> None:
                 except Exception:  # noqa: BLE001 - what failed is counted
                     good = False
                 answers.append((at, (time.perf_counter() - begun) * 1000, good))
-                time.sleep(ASK_SECONDS)
+                time.sleep(ASK_SECONDS)  # somebody who asks now and then, not as fast as can be
 
         thread = threading.Thread(target=ask)
         thread.start()

@@ -79,14 +79,14 @@ def _stepping(bench: Bench) -> Row:
         reader.start()
     with bench.site.connect(bench.loaded) as connection:
         _until_acting(connection)
-        time.sleep(2)
+        time.sleep(2)  # what is usual, before the first step
         changes = []
         for stage, percent in STEPS:
             begun = time.time()
             bench.site.step(bench.loaded, stage, percent, 0.0)
             _until_acting(connection)
             changes.append((begun, time.time() - begun))
-            time.sleep(1)
+            time.sleep(1)  # what is usual again, before the next
     for process in fleet:
         if process.stdin is not None:
             process.stdin.close()
@@ -123,4 +123,4 @@ def _until_acting(connection: Any) -> None:
     while (row := connection.execute(ACTING).fetchone()) and not (row[0] == row[1] == FLEET):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{row} processes act on the last transition")
-        time.sleep(0.01)
+        time.sleep(0.01)  # only their polls tell

@@ -59,7 +59,7 @@ class Slow:
         return getattr(self.store, name)
 
     def search(self, user_id: int, vector: Any, k: int) -> Any:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds)  # the store, as slow as the figure says
         return self.store.search(user_id, vector, k)
 
 

@@ -107,7 +107,7 @@ def ready_postmaster(pgdata: Path) -> Postmaster:
             if failure is not None and waited > RETRY_SECONDS:
                 break
             failure = _launch(pgdata, START_SECONDS - waited)
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # it is another process' server: its pid file is all that there is to look at
     raise EmbeddedServerError(
         f"the embedded PostgreSQL server in {pgdata} did not become ready in {waited:.0f} s;"
         f" its log says why: {pgdata / 'log'}"
@@ -123,7 +123,7 @@ def stop_postmaster(pgdata: Path) -> None:
         os.kill(found.pid, request)
         deadline = time.monotonic() + STOP_SECONDS
         while _serves(found.pid, pgdata) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # perhaps no child of ours, so it cannot be waited for
     if find_postmaster(pgdata) is not None:
         raise EmbeddedServerError(f"the embedded PostgreSQL server in {pgdata} did not stop; its log: {pgdata / 'log'}")
 
