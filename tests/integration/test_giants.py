@@ -28,10 +28,6 @@ from src.tools.rag_tools.store import DIMENSION, Chunk, chunk_id
 
 GIANT, SMALL = 1, 2
 MANY = 600
-BLOCKED = """
-SELECT count(*) FROM pg_locks
-WHERE relation = 'document_chunks'::regclass AND mode = 'ShareRowExclusiveLock' AND NOT granted
-"""
 
 
 def unit(rows: Any) -> Any:
@@ -168,20 +164,48 @@ def test_what_a_giant_uploads_is_found_and_what_is_deleted_is_gone_from_the_copy
 
 
 def test_a_writer_that_began_before_the_giant_was_announced_is_not_missed(
-    store: PgvectorStore, pool: Pool, database: Any
+    store: PgvectorStore, pool: Pool, monkeypatch: pytest.MonkeyPatch, database: Any
 ) -> None:
+    waiting = threading.Event()
+    look = giants._writers
+    monkeypatch.setattr(giants, "_writers", lambda connection: waiting.set() or look(connection))
     begun = document(30, around(GIANT, 3, 30))
-    with psycopg.connect(database.superuser_conninfo(), autocommit=True) as watcher:
-        with store.transaction(GIANT) as connection:
-            insert_chunks(connection, GIANT, begun)
-            copying = threading.Thread(target=_make_giant, args=(pool,))
-            copying.start()
-            while watcher.execute(BLOCKED).fetchone() == (0,):
-                assert copying.is_alive()
-        copying.join()
+    with store.transaction(GIANT) as connection:
+        insert_chunks(connection, GIANT, begun)
+        copying = threading.Thread(target=_make_giant, args=(pool,))
+        copying.start()
+        assert waiting.wait(10)
+        # Others come and go meanwhile, and are not held up.
+        for number in range(31, 34):
+            write(store, GIANT, number, around(GIANT, 1, number))
+        assert copying.is_alive()
+        assert halves(database) == {GIANT: 3}
+    copying.join()
+    store.giants.look()
+    assert store.giants.ready == {GIANT}
+    assert halves(database) == {GIANT: MANY + 6}
+
+
+def test_a_writer_that_takes_long_is_waited_for_at_the_next_look(
+    store: PgvectorStore, monkeypatch: pytest.MonkeyPatch, database: Any
+) -> None:
+    monkeypatch.setattr(giants, "WRITER_SECONDS", 0.0)
+    begun = document(30, around(GIANT, 3, 30))
+    with store.transaction(GIANT) as connection:
+        insert_chunks(connection, GIANT, begun)
+        store.giants.suspect(GIANT)
+        store.giants.look()
+        assert store.giants.ready == frozenset()
     store.giants.look()
     assert store.giants.ready == {GIANT}
     assert halves(database) == {GIANT: MANY + 3}
+
+
+def test_a_vacuum_of_the_table_holds_nobody_up_who_becomes_a_giant(store: PgvectorStore, database: Any) -> None:
+    with psycopg.connect(database.superuser_conninfo()) as vacuum:
+        vacuum.execute("LOCK TABLE document_chunks IN SHARE UPDATE EXCLUSIVE MODE")
+        become_giant(store)
+    assert halves(database) == {GIANT: MANY}
 
 
 def _make_giant(pool: Pool) -> None:

@@ -12,6 +12,7 @@ leaves a row that is not ready; the next look goes on from there.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import structlog
@@ -27,15 +28,20 @@ SLOW_SECONDS = 0.005
 """Nobody whose search is faster needs to be looked at."""
 LOOK_SECONDS = 30.0
 COPY_DOCUMENTS = 50
-LOCK_TIMEOUT = "1s"
+WRITER_SECONDS = 10.0
+"""Who writes for longer than this is waited for at the next look."""
 
 SCOPE = "SELECT set_config('app.user_id', %s, true)"
 READY = "SELECT user_id FROM giant_users WHERE ready"
 UNFINISHED = "SELECT user_id FROM giant_users WHERE NOT ready"
 HAS_MANY = "SELECT 1 FROM document_chunks WHERE user_id = %s OFFSET %s LIMIT 1"
 ANNOUNCE = "INSERT INTO giant_users (user_id) VALUES (%s) ON CONFLICT DO NOTHING"
-# Granted once every writer before it has ended, and given back at once.
-WAIT_FOR_WRITERS = "LOCK TABLE document_chunks IN SHARE ROW EXCLUSIVE MODE"
+# Who may write the table now. A lock on it would be waited for behind a vacuum, and other writers behind the lock.
+WRITERS = """
+SELECT virtualtransaction FROM pg_locks
+WHERE relation = 'document_chunks'::regclass AND mode = 'RowExclusiveLock'
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 DOCUMENTS = "SELECT DISTINCT document_id FROM document_chunks WHERE user_id = %s ORDER BY document_id"
 # FOR KEY SHARE leaves out what is being deleted, which the foreign key would refuse.
 COPY = """
@@ -92,11 +98,11 @@ def has_many(connection: Connection, user_id: int, chunks: int) -> bool:
 
 
 def make_giant(connection: Connection, user_id: int) -> None:
-    """Copy the user's vectors. On an autocommit connection; psycopg.errors.LockNotAvailable where writers take long."""
+    """Copy the user's vectors, on an autocommit connection. Where a writer takes long, a later call goes on."""
     connection.execute(ANNOUNCE, (user_id,))
-    with connection.transaction():
-        connection.execute("SELECT set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
-        connection.execute(WAIT_FOR_WRITERS)
+    if not _writers_ended(connection):
+        log.info("giants.copy.postponed", user_id=user_id)
+        return
     documents = _documents(connection, user_id)
     for start in range(0, len(documents), COPY_DOCUMENTS):
         with connection.transaction():
@@ -104,6 +110,21 @@ def make_giant(connection: Connection, user_id: int) -> None:
             connection.execute(COPY, (user_id, documents[start : start + COPY_DOCUMENTS]))
     connection.execute(DONE, (user_id,))
     log.info("giants.copy.done", user_id=user_id, documents=len(documents))
+
+
+def _writers_ended(connection: Connection) -> bool:
+    """Wait for the transactions that write now: who begins to later sees the announcement."""
+    end = time.monotonic() + WRITER_SECONDS
+    before = _writers(connection)
+    while before and time.monotonic() < end:
+        # No function of PostgreSQL waits for a transaction to end.
+        time.sleep(0.05)
+        before &= _writers(connection)
+    return not before
+
+
+def _writers(connection: Connection) -> set[str]:
+    return {row[0] for row in connection.execute(WRITERS)}
 
 
 def _documents(connection: Connection, user_id: int) -> list[int]:
