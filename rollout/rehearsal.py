@@ -119,6 +119,7 @@ def environment(plan: Plan) -> dict[str, str]:
         "UPLOAD_DIR": "uploads",
         "ROLLOUT_PROFILE": "rehearsal",
         "ROLLOUT_ACTOR": "rehearsal",
+        "GUARD_SECONDS": "0.5",
     }
 
 

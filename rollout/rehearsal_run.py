@@ -12,38 +12,45 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 from alembic import command as alembic
-from rollout import backfill, import_sql, owners, steps, verify
+from rollout import backfill, import_sql, owners, repair, steps, verify
 from rollout.control import Control, control
 from rollout.errors import InconclusiveError, RefusedError, RolloutError
+from rollout.explain import explain
 from rollout.logs import log_to
 from rollout.output import exit_code_of, stderr
 from rollout.rehearsal import DELETES, REFUSED, UPLOADS, Observed, Talker, start_traffic
+from rollout.rehearsal_faults import Faults
+from rollout.rehearsal_result import SPOILED, result
 from rollout.saved import missing_from_saved
 from rollout.schema import alembic_config
 from rollout.traffic import learn, stored
-from rollout.transitions import Target
+from rollout.transitions import Instance, Target, fleet, wait_for_fleet
+from rollout.verify_report import VerifyReport
 from src.database import Role, conninfo
-from src.tools.rag_tools.migration.causes import EXPLAINED, Cause
+from src.tools.rag_tools.migration.flags import View
+from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import ROUTING, Stage, Store
-from src.tools.rag_tools.store import StoreError, legacy_chunk_id
+from src.tools.rag_tools.store import StoreError
 
 GATE_SECONDS = 60.0
 STAGE_SECONDS = 120.0
-CHANGE_SECONDS = 2.0
-KNOWN_SHARE = 0.95
 NO_MODEL = {"model": "rehearsal: the model is not at hand, stored vectors stand in for it"}
 
-# The whole way, with one step back from the ramp and one from the end.
-ROUTE: tuple[Target, ...] = (
+# The whole way. In the ramp pgvector is spoiled, and the guard goes back; then one step back from there, and one from
+# the end.
+UP_TO_THE_FAULT: tuple[Target, ...] = (
     Target(Stage.DUALWRITE, 0),
     Target(Stage.SHADOW, 0),
     Target(Stage.LIVE, 1),
     Target(Stage.LIVE, 10),
-    Target(Stage.LIVE, 0),
+)
+TAKEN_BACK = Target(Stage.LIVE, 0)
+AFTER_THE_GUARD = Target(Stage.LIVE, 1)
+AFTER_IT: tuple[Target, ...] = (
+    Target(Stage.SHADOW, 0),
     Target(Stage.LIVE, 1),
     Target(Stage.LIVE, 10),
     Target(Stage.LIVE, 50),
@@ -54,18 +61,16 @@ ROUTE: tuple[Target, ...] = (
     Target(Stage.COMPLETE, 100),
 )
 
-DIFFS = """
-SELECT cause, count(*), count(*) FILTER (WHERE overlap_at_k = 1) FROM shadow_diffs
-WHERE transition_id = %s GROUP BY cause
+STAGES = 1 + len(UP_TO_THE_FAULT) + 1 + len(AFTER_IT)
+GUARD_WINDOW = 2.0
+"""Seconds, while the guard is waited for: with its own of a minute the rehearsal would be minutes longer."""
+CHUNKS_A_SECOND = 25_000
+"""Of so many more, FAISS is so much slower that a window must be a second longer to hold enough answers."""
+
+STEPPED_BACK = """
+SELECT id, actor, reason, stage, read_percent, extract(epoch FROM created_at - %s)::float8
+FROM rollout_transitions WHERE id > %s ORDER BY id LIMIT 1
 """
-LATENCY = """
-SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (
-    ORDER BY CASE served_by WHEN %(store)s THEN served_ms ELSE shadow_ms END)
-FROM shadow_diffs WHERE transition_id = %(transition_id)s AND shadow_ms IS NOT NULL
-"""
-LEGACY = "SELECT docstore_id, status, reason, user_id, document_id FROM legacy_chunks"
-CHUNKS = "SELECT id, user_id, document_id FROM document_chunks"
-DELETED = "SELECT id FROM documents WHERE status = 'deleted'"
 # The smallest, and never a user's last: they could find nothing any more, which is what a loss looks like.
 SMALL = """
 WITH live AS (
@@ -98,24 +103,28 @@ class Rehearsal:
     uploads: list[tuple[Talker, int, int]] = field(default_factory=list)
     deleted: set[int] = field(default_factory=set)
     failed: list[str] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
+    fault: dict[str, Any] = field(default_factory=dict)
+    """What came of the spoiled pgvector."""
 
     def run(self) -> None:
         self.in_stage("off", None)
-        for target in ROUTE:
-            gate = self.change(target)
-            self.in_stage(self._name(target), gate)
+        for target in UP_TO_THE_FAULT:
+            self.in_stage(self._name(target), self.change(target))
+        self.drill()
+        for target in AFTER_IT:
+            self.in_stage(self._name(target), self.change(target))
 
     # -- one stage
 
     def in_stage(self, name: str, gate: dict[str, Any] | None) -> None:
         begun, view = time.monotonic(), self.control.view()
         stderr.print(f"stage {name}")
-        for talker in self.talkers:
-            talker.ask(do="stage", stage=name)
+        self._tell(do="stage", stage=name)
         if Store.PGVECTOR in ROUTING[view.stage].writes and len(self.stages) == 1:
             self._backfill()
         self._write()
-        share = max(1, -(-self.queries // (len(ROUTE) + 1)))
+        share = max(1, -(-self.queries // STAGES))
         self.observed.wait(name, share, self.users, STAGE_SECONDS)
         saved = self._saved() if Store.FAISS in ROUTING[view.stage].writes else None
         self.stages.append(
@@ -177,16 +186,15 @@ class Rehearsal:
     def _backfill(self) -> None:
         backfill.backfill(self.control.pool, self.control.faiss, execute=True, progress=lambda _: None)
         self.control.router.settler.run(at_once=True)
-        report = verify.verify(self.control.pool, self.control.faiss, progress=lambda *_: None)
-        if report.differences:
-            raise RefusedError(f"verify found {report.differences} differences after the backfill")
+        if differences := self._verify().differences:
+            raise RefusedError(f"verify found {differences} differences after the backfill")
 
     # -- writes
 
     def _write(self) -> None:
         """Uploads in every stage, deletions in some: of what was uploaded here, and of a legacy document."""
         count = len(self.stages)
-        for number in range(UPLOADS * count // (len(ROUTE) + 1), UPLOADS * (count + 1) // (len(ROUTE) + 1)):
+        for number in range(UPLOADS * count // STAGES, UPLOADS * (count + 1) // STAGES):
             talker = self.talkers[number % len(self.talkers)]
             answer = talker.ask(do="upload", number=number)
             if not self._failed("upload", answer):
@@ -224,118 +232,113 @@ class Rehearsal:
         again = names[plain] + sum(count for name, count in names.items() if name.startswith(f"{plain} ("))
         return f"{plain} ({again + 1})" if again else plain
 
-    # -- the result
+    # -- the fault
+
+    def drill(self) -> None:
+        """Spoil pgvector: the guard must go back by itself, the gate refuse, and repair mend it."""
+        begun, view = time.monotonic(), self.control.view()
+        stderr.print("spoiling pgvector, and waiting for the guard")
+        window = max(GUARD_WINDOW, self.legacy / CHUNKS_A_SECOND)
+        self._tell(do="stage", stage=SPOILED)
+        self._tell(do="guard", window_seconds=window)
+        with self.control.connection() as connection:
+            self.faults.spoil(connection)
+        guard = self._guarded(view, window)
+        self._tell(do="guard", window_seconds=migration_settings.GUARD_WINDOW_SECONDS)
+        self.in_stage(self._name(TAKEN_BACK), None)
+        with self.control.connection() as connection:
+            self.faults.mix_up(connection)
+        refused = self._refused()
+        explained = {cause.value: self._explained(number) for cause, number in self.faults.examples.items()}
+        repaired = self._repair()
+        self.fault = {
+            **self.faults.as_dict(),
+            "explained": explained,
+            "guard": guard,
+            "refused": refused,
+            "repaired": repaired,
+            "seconds": round(time.monotonic() - begun, 1),
+        }
+
+    def _guarded(self, view: View, window: float) -> dict[str, Any]:
+        """Wait for the guard of one of the backend processes; RolloutError where it does not act."""
+        end = time.monotonic() + 10 * window + GATE_SECONDS
+        while True:
+            begun = time.monotonic()
+            with self.control.connection() as connection:
+                row = connection.execute(STEPPED_BACK, (self.faults.since, view.transition_id)).fetchone()
+            if row is not None:
+                break
+            if begun > end:
+                raise RolloutError(f"the guard did not go back though pgvector was spoiled {10 * window:.0f} s ago")
+            # Another process steps; the table is what tells.
+            time.sleep(0.1)
+        number, actor, reason, stage, percent, seconds = row
+        late = wait_for_fleet(self._fleet, number, self.control.profile, seconds=STAGE_SECONDS)
+        self.changes.append((begun, time.monotonic()))
+        return {
+            "transition": number,
+            "actor": actor,
+            "to": str(Target(Stage(stage), percent)),
+            "reason": reason,
+            "after_seconds": round(seconds, 1),
+            "window_seconds": window,
+            "late": [str(each) for each in late],
+        }
+
+    def _fleet(self) -> list[Instance]:
+        with self.control.connection() as connection:
+            return fleet(connection)
+
+    def _refused(self) -> dict[str, Any]:
+        """What the gate says while the fault is there, once comparisons have shown each kind of it."""
+        end = time.monotonic() + GATE_SECONDS
+        while True:
+            late = time.monotonic() > end
+            try:
+                self._advance(AFTER_THE_GUARD)
+            except InconclusiveError:
+                if late:
+                    raise
+            except RefusedError as error:
+                with self.control.connection() as connection:
+                    self.faults.judge(connection)
+                # Some kinds are never met where users have a handful of chunks.
+                if late or not self.faults.unseen:
+                    return dict(error.data["gate"])
+            else:
+                raise RolloutError("the gate let a spoiled pgvector pass")
+            time.sleep(0.5)
+
+    def _explained(self, number: int) -> dict[str, Any]:
+        """What `rollout explain` says of a comparison."""
+        said = explain(self.control, number)
+        return {"diff": number, "proof": said["proof"][0], "mend": said["mend"]}
+
+    def _repair(self) -> dict[str, int]:
+        """As the runbook has it: verify, repair, settle, verify again."""
+        found = self._verify()
+        mended = repair.repair(self.control.pool, found, execute=True)
+        self.control.router.settler.run(at_once=True)
+        again = self._verify()
+        return {
+            "differences": found.differences,
+            "documents": len({act.document_id for act in mended.acts}),
+            "left": len(mended.left),
+            "differences_afterwards": again.differences,
+        }
+
+    def _verify(self) -> VerifyReport:
+        return verify.verify(self.control.pool, self.control.faiss, progress=lambda *_: None)
+
+    def _tell(self, **command: Any) -> None:
+        for talker in self.talkers:
+            talker.ask(**command)
 
     def result(self) -> dict[str, Any]:
         self.observed.read()
         found = [talker.ask(do="find") for talker in self.talkers]
-        lost = [document for answer in found for document in answer.get("missing", ["unknown"])]
-        answers = self._answers()
-        chunks = self._chunks()
-        stages = [self._stage(stage) for stage in self.stages]
-        failures = [
-            *self.failed,
-            *([f"{answers['failed']} answers failed"] if answers["failed"] else []),
-            *([f"{answers['foreign']} answers held a foreign chunk"] if answers["foreign"] else []),
-            *([f"{answers['deleted']} answers held a deleted document"] if answers["deleted"] else []),
-            *([] if answers["known_share"] >= KNOWN_SHARE else [f"known chunks found: {answers['known_share']:.1%}"]),
-            *([] if chunks["balanced"] else ["legacy chunks do not add up"]),
-            *([f"uploads not found afterwards: {lost}"] if lost else []),
-            *[f"{each['name']}: saved directory lacks {each['saved']['missing']} chunks" for each in stages
-              if each["saved"] and each["saved"]["missing"]],
-            *([] if answers["total"] >= self.queries else [f"only {answers['total']} queries"]),
-            *([] if answers["least_in_flight_at_a_change"] else ["no query was in flight at one of the changes"]),
-            *([] if len(self.uploads) >= UPLOADS else [f"only {len(self.uploads)} of {UPLOADS} uploads"]),
-            *([] if len(self.deleted) >= DELETES else [f"only {len(self.deleted)} of {DELETES} deletes"]),
-        ]  # fmt: skip
-        return {
-            "verdict": "fail" if failures else "pass",
-            "failures": failures,
-            "stages": stages,
-            "answers": answers,
-            "chunks": chunks,
-            "uploads": {"made": len(self.uploads), "missing": lost},
-            "deletes": len(self.deleted),
-            "provider": self.provider,
-        }
-
-    def _answers(self) -> dict[str, Any]:
-        lines = self.observed.lines
-        asked = [line["known"] for line in lines if line.get("known") is not None]
-        around = [
-            line["ms"]
-            for line in lines
-            if any(line["begun"] < end + CHANGE_SECONDS and line["begun"] + line["ms"] / 1000 > begun
-                   for begun, end in self.changes)
-        ]  # fmt: skip
-        return {
-            "total": len(lines),
-            "failed": sum("failed" in line for line in lines),
-            "first_failures": [line["failed"] for line in lines if "failed" in line][:5],
-            "foreign": sum(bool(line.get("foreign")) for line in lines),
-            "deleted": sum(bool(line.get("deleted")) for line in lines),
-            "known_share": round(sum(asked) / len(asked), 4) if asked else 0.0,
-            "around_changes": len(around),
-            "least_in_flight_at_a_change": min((self._in_flight(*change) for change in self.changes), default=0),
-            "slowest_around_a_change_ms": round(max(around, default=0.0), 1),
-        }
-
-    def _in_flight(self, begun: float, end: float) -> int:
-        """How many queries were asked or under way while a step was taken and the fleet arrived."""
-        return sum(line["begun"] < end and line["begun"] + line["ms"] / 1000 > begun for line in self.observed.lines)
-
-    def _chunks(self) -> dict[str, Any]:
-        """Every legacy chunk is where it belongs, in quarantine, or deleted with its document."""
-        with self.control.connection() as connection:
-            rows = connection.execute(LEGACY).fetchall()
-            held = {row[0]: (row[1], row[2]) for row in connection.execute(CHUNKS)}
-            deleted = {int(row[0]) for row in connection.execute(DELETED)}
-        migrated = gone = 0
-        quarantined: Counter[str] = Counter()
-        for docstore_id, status, reason, user_id, document_id in rows:
-            there = held.get(legacy_chunk_id(docstore_id))
-            if status != "assigned":
-                quarantined[reason] += there is None
-            elif document_id in deleted:
-                gone += there is None
-            else:
-                migrated += there == (user_id, document_id)
-        total = self.legacy
-        return {
-            "legacy": total,
-            "migrated": migrated,
-            "quarantined": sum(quarantined.values()),
-            "quarantined_by_reason": dict(quarantined),
-            "deleted": gone,
-            "balanced": total == migrated + gone + sum(quarantined.values()),
-        }
-
-    def _stage(self, stage: dict[str, Any]) -> dict[str, Any]:
-        lines = self.observed.of(stage["name"])
-        parameters = {"transition_id": stage["transition"]}
-        with self.control.connection() as connection:
-            diffs = connection.execute(DIFFS, (stage["transition"],)).fetchall()
-            latency = {
-                store.value: (connection.execute(LATENCY, {**parameters, "store": store}).fetchone() or (None,))[0]
-                for store in Store
-            }
-        total = sum(count for _, count, _ in diffs)
-        return {
-            **stage,
-            "queries": len(lines),
-            "users": len({line["user"] for line in lines}),
-            "answer_ms": _percentiles([line["ms"] for line in lines]),
-            "store_ms": {
-                store: None if not ms else {"p50": round(ms[0], 2), "p99": round(ms[1], 2)}
-                for store, ms in latency.items()
-            },
-            "comparisons": total,
-            "agreement": round(sum(same for _, _, same in diffs) / total, 4) if total else None,
-            "explained": round(sum(n for cause, n, _ in diffs if Cause(cause) in EXPLAINED) / total, 4)
-            if total
-            else None,
-            "causes": {cause: count for cause, count, _ in diffs},
-        }
+        return result(self, [document for answer in found for document in answer.get("missing", ["unknown"])])
 
 
 def main(queries: int, seed: int, provider: str) -> int:
@@ -377,21 +380,14 @@ def rehearsed(queries: int, seed: int, provider: str) -> int:
             rehearsal.run()
         except (RolloutError, StoreError) as error:
             rehearsal.failed.append(f"{type(error).__name__}: {error}")
-        result = rehearsal.result()
-    Path("result.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
-    return 0 if result["verdict"] == "pass" else 1
+        found = rehearsal.result()
+    Path("result.json").write_text(json.dumps(found, indent=2, default=str), encoding="utf-8")
+    return 0 if found["verdict"] == "pass" else 1
 
 
 def _users(made: Control) -> set[int]:
     with made.connection() as connection:
         return {int(row[0]) for row in connection.execute("SELECT id FROM users")}
-
-
-def _percentiles(values: list[float]) -> dict[str, float] | None:
-    if len(values) < 2:
-        return None
-    cuts = quantiles(values, n=100, method="inclusive")
-    return {"p50": round(cuts[49], 2), "p99": round(cuts[98], 2)}
 
 
 if __name__ == "__main__":

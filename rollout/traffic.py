@@ -120,6 +120,10 @@ class Traffic:
     def do_stage(self, command: dict[str, Any]) -> None:
         self.stage = command["stage"]
 
+    def do_guard(self, command: dict[str, Any]) -> None:
+        """Its windows are so long from now on."""
+        self.service.guard.window_seconds = command["window_seconds"]
+
     def do_upload(self, command: dict[str, Any]) -> dict[str, Any]:
         user_id = self.users[command["number"] % len(self.users)]
         path = Path("uploads") / f"rehearsal-{self.number}-{command['number']}.md"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from tests.support.unchanged import files
 pytestmark = pytest.mark.migration
 
 STAGES = [
-    "off", "dualwrite", "shadow", "live 1", "live 10", "live 0", "live 1 (2)", "live 10 (2)", "live 50", "live 100",
-    "rampdown", "complete", "rampdown (2)", "complete (2)",
+    "off", "dualwrite", "shadow", "live 1", "live 10", "live 0", "shadow (2)", "live 1 (2)", "live 10 (2)", "live 50",
+    "live 100", "rampdown", "complete", "rampdown (2)", "complete (2)",
 ]  # fmt: skip
 QUERIES = 100
 
@@ -63,12 +65,53 @@ def test_the_given_folder_is_as_it_was_to_the_byte_and_the_nanosecond(rehearsed:
     assert rehearsed.after == rehearsed.before
 
 
-def test_it_goes_through_every_stage_and_twice_back(rehearsed: Rehearsed) -> None:
+def test_it_goes_through_every_stage_is_taken_back_and_goes_twice_back(rehearsed: Rehearsed) -> None:
     stages = rehearsed.result["stages"]
     assert [stage["name"] for stage in stages] == STAGES
     assert [stage["transition"] for stage in stages] == list(range(1, len(STAGES) + 1))
-    for stage in stages[1:]:
-        assert stage["gate"]["verdict"] == "pass", stage["name"]
+    for stage in stages:
+        by_gate = stage["name"] not in ("off", "live 0")
+        assert (stage["gate"]["verdict"] == "pass") if by_gate else (stage["gate"] is None), stage["name"]
+
+
+def test_the_guard_alone_takes_a_spoiled_pgvector_back_and_says_why(rehearsed: Rehearsed) -> None:
+    guard = rehearsed.result["fault"]["guard"]
+    assert (guard["actor"], guard["to"], guard["late"]) == ("guard", "live at 0 percent", [])
+    assert guard["transition"] == 1 + STAGES.index("live 0")
+    assert "for 3 windows: agreement" in guard["reason"]
+    told = [
+        line
+        for log in rehearsed.work.glob("backend-*.log")
+        for line in map(json.loads, log.read_text().splitlines())
+        if line["event"] == "guard.step.done"
+    ]
+    assert [(line["transition"], line["reason"]) for line in told] == [(guard["transition"], guard["reason"])]
+
+
+def test_the_gate_refuses_a_spoiled_pgvector_with_numbers(rehearsed: Rehearsed) -> None:
+    refused = rehearsed.result["fault"]["refused"]
+    assert (refused["to"], refused["verdict"]) == ("live at 1 percent", "fail")
+    failing = {each["name"]: each["value"] for each in refused["criteria"] if each["verdict"] == "fail"}
+    assert {"agreement", "unexplained"} <= set(failing)
+    assert re.search(r"\d+ missing_in_pgvector", failing["unexplained"])
+
+
+def test_every_fault_is_planted_met_and_explained_by_its_cause(rehearsed: Rehearsed) -> None:
+    fault = rehearsed.result["fault"]
+    kinds = {"missing_in_pgvector", "content_drift", "vector_drift", "owner_mismatch", "stale"}
+    assert set(fault["planted"]) == kinds
+    assert all(fault["planted"].values())
+    assert kinds <= set(fault["comparisons"])
+    assert fault["right_share"] >= 0.99, fault["wrong"]
+    for cause in kinds - {"stale"}:
+        assert fault["explained"][cause]["proof"], cause
+        assert "rollout" in fault["explained"][cause]["mend"]
+
+
+def test_repair_leaves_nothing_of_it(rehearsed: Rehearsed) -> None:
+    repaired = rehearsed.result["fault"]["repaired"]
+    assert repaired["differences"] > 0 < repaired["documents"]
+    assert (repaired["left"], repaired["differences_afterwards"]) == (0, 0)
 
 
 def test_every_user_asks_in_every_stage_and_no_answer_is_wrong(rehearsed: Rehearsed) -> None:

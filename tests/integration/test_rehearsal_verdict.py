@@ -11,6 +11,7 @@ import pytest
 
 from rollout.control import Control
 from rollout.rehearsal import DELETES, UPLOADS
+from rollout.rehearsal_result import SPOILED
 from rollout.rehearsal_run import Rehearsal
 from src.config import settings
 from src.database import Role
@@ -54,6 +55,18 @@ def answered(stage: str = "off", **other: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def fault(**other: Any) -> dict[str, Any]:
+    """What a rehearsal notes of a fault that was met, taken back and mended."""
+    return {
+        "comparisons": {"match": 50, "missing_in_pgvector": 50},
+        "wrong": {},
+        "right_share": 1.0,
+        "guard": {"actor": "guard", "late": []},
+        "repaired": {"left": 0, "differences_afterwards": 0},
+        **other,
+    }
+
+
 @pytest.fixture
 def rehearsal(filled: Small, control: Control) -> Rehearsal:
     """At its end, with everything in order."""
@@ -63,6 +76,7 @@ def rehearsal(filled: Small, control: Control) -> Rehearsal:
     made.changes = [(0.5, 1.5)]
     made.uploads = [(talker, 1_000 + number, 1) for number in range(UPLOADS)]
     made.deleted = {1_000 + number for number in range(DELETES)}
+    made.fault = fault()
     made.stages = [{"name": "off", "transition": 1, "seconds": 1.0, "gate": None, "saved": made._saved()}]
     return made
 
@@ -72,6 +86,12 @@ def test_in_order_it_passes(rehearsal: Rehearsal, filled: Small) -> None:
     assert (result["verdict"], result["failures"]) == ("pass", [])
     assert result["chunks"]["migrated"] == len(filled.installation.expected)
     assert result["chunks"]["quarantined"] == filled.quarantined
+
+
+def test_what_a_spoiled_pgvector_does_not_give_is_the_fault_s(rehearsal: Rehearsal) -> None:
+    rehearsal.observed.lines += [answered(SPOILED, known=False)] * 40
+    result = rehearsal.result()
+    assert (result["verdict"], result["answers"]["known_share"]) == ("pass", 1.0)
 
 
 Plant = Callable[[Rehearsal, Small], None]
@@ -131,9 +151,32 @@ def one_delete_less(rehearsal: Rehearsal, _filled: Small) -> None:
     rehearsal.deleted.pop()
 
 
+def fault_with(**other: Any) -> Plant:
+    def plant(rehearsal: Rehearsal, _: Small) -> None:
+        rehearsal.fault = fault(**other)
+
+    return plant
+
+
+def without_a_fault(rehearsal: Rehearsal, _: Small) -> None:
+    rehearsal.fault = {}
+
+
+def missed_while_spoiled(rehearsal: Rehearsal, _: Small) -> None:
+    rehearsal.observed.lines += [answered(SPOILED, known=False)] * 40 + [answered(SPOILED, foreign=[3])]
+
+
 @pytest.mark.parametrize(
     ("plant", "said"),
     [
+        (without_a_fault, "no fault was rehearsed"),
+        (fault_with(guard={"actor": "ada", "late": []}), "not the guard but ada went back"),
+        (fault_with(guard={"actor": "guard", "late": ["app-1:7"]}), "late behind the guard: app-1:7"),
+        (fault_with(comparisons={"match": 100}), "no comparison missed one"),
+        (fault_with(right_share=0.98, wrong={"match": 2}), "right cause: 98.00%; wrong {'match': 2}"),
+        (fault_with(repaired={"left": 1, "differences_afterwards": 0}), "1 documents could not be repaired"),
+        (fault_with(repaired={"left": 0, "differences_afterwards": 4}), "4 differences after the repair"),
+        (missed_while_spoiled, "1 answers held a foreign chunk"),
         (line(failed="StoreError: away"), "1 answers failed"),
         (line(foreign=[3]), "1 answers held a foreign chunk"),
         (line(deleted=[3]), "1 answers held a deleted document"),
