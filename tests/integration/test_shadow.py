@@ -16,7 +16,7 @@ import structlog
 
 from src.tools.rag_tools.migration.evidence import Read
 from src.tools.rag_tools.migration.router import Router
-from src.tools.rag_tools.migration.shadow import fingerprint
+from src.tools.rag_tools.migration.shadow import DROPS_SECONDS, fingerprint
 from src.tools.rag_tools.migration.stages import Stage, Store
 from src.tools.rag_tools.store import Hit, StoreError, Vector
 from tests.support.embeddings import HashEmbeddings
@@ -278,6 +278,18 @@ def test_what_does_not_fit_the_queue_is_dropped_and_the_fleet_counts_it(world: W
     assert counted["shadow.dropped"] == 3
     assert counted["reads.faiss"] == 7
     assert len(world.compared()) == 4
+
+
+def test_drops_are_told_of_once_in_a_while_not_once_each(world: World) -> None:
+    shadow, now = world.router.shadow, [1_000.0]
+    shadow.clock = lambda: now[0]
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(7):
+            world.ask()
+        now[0] += DROPS_SECONDS
+        for _ in range(2):
+            world.ask()
+    assert [line["drops"] for line in lines if line["event"] == "shadow.read.dropped"] == [1, 4]
 
 
 def test_a_failing_shadow_changes_no_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ from src.tools.rag_tools.store import Hit, StoreError
 log = structlog.get_logger(__name__)
 
 EVENT_VERSION = 1
+DROPS_SECONDS = 10.0
+"""No two lines of the log about drops are nearer than this."""
 COHORTS = ((100, "small"), (10_000, "medium"))
 LARGEST_COHORT = "large"
 
@@ -82,6 +84,7 @@ class Shadow:
         self.stores = Stores(stores.faiss, own)
         self.witness = Witness(self.stores, limit_ms=limit, clock=clock)
         self.drops = 0
+        self._told_of_drops = -DROPS_SECONDS
         self.causes: Counter[Cause] = Counter()
         self._queue: queue.Queue[Read | None] = queue.Queue(settings.SHADOW_QUEUE)
         self._threads: list[threading.Thread] = []
@@ -104,7 +107,7 @@ class Shadow:
             self._queue.put_nowait(read)
         except queue.Full:
             self._drop()
-            log.warning("shadow.read.dropped", drops=self.drops)
+            self._tell_of_drops()
 
     def close(self) -> None:
         """Finish what is queued."""
@@ -126,6 +129,13 @@ class Shadow:
         self.drops += 1
         self.count("shadow.dropped")
         metrics.DROPPED.inc()
+
+    def _tell_of_drops(self) -> None:
+        """Once in a while: the caller waits for the line, and where one is dropped, thousands are."""
+        now = self.clock()
+        if now >= self._told_of_drops + DROPS_SECONDS:
+            self._told_of_drops = now
+            log.warning("shadow.read.dropped", drops=self.drops)
 
     def compare(self, read: Read) -> Cause:
         """Ask the other store, decide the cause, write event and row."""
