@@ -18,7 +18,7 @@ from rollout.instances import described
 from rollout.transitions import Target, fleet, next_target, previous_target
 from src.tools.rag_tools.migration.faiss_format import PICKLE_FILE
 from src.tools.rag_tools.migration.faiss_journal import Journal
-from src.tools.rag_tools.migration.faiss_pickle import read_docstore_ids
+from src.tools.rag_tools.migration.faiss_pickle import read_pickle
 from src.tools.rag_tools.migration.faiss_sqlite import JOURNAL_FILE
 from src.tools.rag_tools.migration.settings import migration_settings
 from src.tools.rag_tools.migration.stages import ROUTING
@@ -103,7 +103,7 @@ def _undecided(decided: set[str]) -> int | str:
         return 0
     try:
         mine = _journalled(migration_settings.FAISS_INDEX_PATH / JOURNAL_FILE)
-        names = [name for name in read_docstore_ids(pickled) if name not in decided]
+        names = [name for name in read_pickle(pickled).positions.values() if name not in decided]
     except (StoreError, OSError) as error:
         return str(error)
     return sum(legacy_chunk_id(name) not in mine for name in names)

@@ -88,7 +88,7 @@ def _named(monkeypatch: pytest.MonkeyPatch, kind: type, module: str, name: str) 
 
 def test_what_langchain_saves_today_is_read_in_order(tmp_path: Path) -> None:
     save_legacy(tmp_path, ["b", "a", "c"])
-    chunks = read_pickle(tmp_path / "index.pkl", 3)
+    chunks = read_pickle(tmp_path / "index.pkl").chunks(3)
     assert chunks.docstore_ids == ["b", "a", "c"]
     assert chunks.contents == ["text of b", "text of a", "text of c"]
     assert chunks.metadatas[1] == {"source": "uploads/a.pdf", "page": 1}
@@ -115,7 +115,7 @@ def test_what_earlier_versions_saved_with_pydantic_1_is_read(
     old = _named(monkeypatch, OldDocument, document, "Document")
     one = old(page_content="one", metadata={"page": 1})
     path = saved({"x": one}, docstore_module=docstore, protocol=protocol)
-    chunks = read_pickle(path, 1)
+    chunks = read_pickle(path).chunks(1)
     assert (chunks.contents, chunks.metadatas) == (["one"], [{"page": 1}])
 
 
@@ -127,7 +127,7 @@ def test_no_code_of_langchain_runs(saved: Callable[..., Path], monkeypatch: pyte
     path = saved({"x": document(page_content="one")})
     monkeypatch.setattr(document, "__setstate__", refuse)
     monkeypatch.setattr(document, "__new__", refuse)
-    assert read_pickle(path, 1).contents == ["one"]
+    assert read_pickle(path).chunks(1).contents == ["one"]
 
 
 def test_plain_values_and_times_in_metadata_are_read(saved: Callable[..., Path]) -> None:
@@ -145,12 +145,12 @@ def test_plain_values_and_times_in_metadata_are_read(saved: Callable[..., Path])
         "nested": {"a": [{"b": "c"}]},
     }
     document = Document(page_content="one", metadata=metadata)
-    assert read_pickle(saved({"x": document}), 1).metadatas == [metadata]
+    assert read_pickle(saved({"x": document})).chunks(1).metadatas == [metadata]
 
 
 def test_a_document_whose_content_a_pdf_library_made_is_read(saved: Callable[..., Path]) -> None:
     text = "naïve \ud800 \0 text"
-    assert read_pickle(saved({"x": Document(page_content=text)}), 1).contents == [text]
+    assert read_pickle(saved({"x": Document(page_content=text)})).chunks(1).contents == [text]
 
 
 CALLS: dict[str, Callable[[Path], Runs]] = {
@@ -191,7 +191,7 @@ def test_a_call_anywhere_in_the_file_is_refused_and_not_run(
             path = tmp_path / "index.pkl"
             path.write_bytes(pickle.dumps(bomb))
     with pytest.raises(HostilePickleError, match="nothing of the file was run") as refused:
-        read_pickle(path, 1)
+        read_pickle(path).chunks(1)
     assert str(path) in str(refused.value)
     assert not trace.exists()
 
@@ -222,7 +222,7 @@ def test_a_dotted_or_unlisted_name_is_refused_by_name(tmp_path: Path, module: st
     path = tmp_path / "index.pkl"
     path.write_bytes(b"\x80\x04" + _global(module, name) + b".")
     with pytest.raises(HostilePickleError) as refused:
-        read_pickle(path, 0)
+        read_pickle(path).chunks(0)
     assert f"{module}.{name}" in str(refused.value)
 
 
@@ -231,7 +231,7 @@ def test_names_in_the_old_opcodes_are_refused_too(tmp_path: Path) -> None:
     for data in (b"cos\nsystem\n.", b"(S'true'\nios\nsystem\n.", b"\x80\x02cposix\nsystem\n."):
         path.write_bytes(data)
         with pytest.raises(HostilePickleError, match=r"(os|posix)\.system"):
-            read_pickle(path, 0)
+            read_pickle(path).chunks(0)
 
 
 @pytest.mark.parametrize(("module", "name"), [key for key in faiss_pickle.ALLOWED if key != ("builtins", "bool")])
@@ -243,7 +243,7 @@ def test_a_state_cannot_change_a_class_that_is_allowed(tmp_path: Path, module: s
     path = tmp_path / "index.pkl"
     path.write_bytes(b"\x80\x04" + _global(module, name) + state + b"b.")
     with pytest.raises(DamagedPickleError):
-        read_pickle(path, 0)
+        read_pickle(path).chunks(0)
     assert dict(vars(kind)) == before
 
 
@@ -254,7 +254,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(FaissDirectoryError):
-            read_pickle(path, 2)
+            read_pickle(path).chunks(2)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +266,13 @@ def test_what_is_no_docstore_and_mapping_is_refused(tmp_path: Path, content: Any
     path = tmp_path / "index.pkl"
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(DamagedPickleError, match="no pair of a docstore and a mapping"):
-        read_pickle(path, 0)
+        read_pickle(path).chunks(0)
 
 
 @pytest.mark.parametrize("entry", [None, "text", {"page_content": "x", "metadata": {}}, b"x"])
 def test_an_entry_that_is_no_document_is_refused(saved: Callable[..., Path], entry: Any) -> None:
     with pytest.raises(DamagedPickleError, match="'x' is no document"):
-        read_pickle(saved({"x": entry}), 1)
+        read_pickle(saved({"x": entry})).chunks(1)
 
 
 def test_a_document_that_was_never_filled_is_refused(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_document_that_was_never_filled_is_refused(tmp_path: Path) -> None:
     filled = b"}\x8c\x05_dict}\x8c\x01x" + empty + b"ssb"
     path.write_bytes(b"\x80\x04" + store + filled + b"}K\x00\x8c\x01xs\x86.")
     with pytest.raises(DamagedPickleError, match="'x' is no document"):
-        read_pickle(path, 1)
+        read_pickle(path).chunks(1)
 
 
 @pytest.mark.parametrize(
@@ -300,16 +300,16 @@ def test_a_mapping_that_does_not_fit_the_index_is_refused_with_both_counts(
 ) -> None:
     documents = {name: Document(page_content=name) for name in "xy"}
     with pytest.raises(MismatchedPairError) as refused:
-        read_pickle(saved(documents, positions), total)
+        read_pickle(saved(documents, positions)).chunks(total)
     assert all(count in str(refused.value) for count in counts)
     assert "restore index.faiss and index.pkl together" in str(refused.value)
 
 
 def test_positions_that_name_no_text_are_refused(saved: Callable[..., Path]) -> None:
     with pytest.raises(DamagedPickleError, match="no text"):
-        read_pickle(saved({"x": Document(page_content="x")}, {0: ["x"]}), 1)
+        read_pickle(saved({"x": Document(page_content="x")}, {0: ["x"]})).chunks(1)
 
 
 def test_documents_without_a_vector_are_left_out(saved: Callable[..., Path]) -> None:
     documents = {name: Document(page_content=name) for name in "xy"}
-    assert read_pickle(saved(documents, {0: "y"}), 1).contents == ["y"]
+    assert read_pickle(saved(documents, {0: "y"})).chunks(1).contents == ["y"]

@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,9 +49,13 @@ def read_pair(folder: Path) -> Content:
     """The content of `folder`, checked. Raises a FaissDirectoryError naming the file and what is wrong."""
     from src.tools.rag_tools.migration.faiss_index import read_index, refuse_wrong_length
 
-    index = read_index(folder / INDEX_FILE)
-    chunks = read_pickle(folder / PICKLE_FILE, index.ntotal)
-    refuse_wrong_length(folder / INDEX_FILE, index, chunks.docstore_ids)
+    # They take about as long as each other, and only one of them the interpreter.
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(read_index, folder / INDEX_FILE)
+        pickled = read_pickle(folder / PICKLE_FILE)
+        index, wrong = reading.result()
+    chunks = pickled.chunks(index.ntotal)
+    refuse_wrong_length(folder / INDEX_FILE, wrong, chunks.docstore_ids)
     return Content(index, chunks)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -38,13 +38,20 @@ class NotUnitVectorError(FaissDirectoryError):
     """A stored vector is not of length 1, so its distance says nothing of the cosine."""
 
 
+class WrongLength(NamedTuple):
+    """A vector that is no unit vector: where it is, and how long."""
+
+    position: int
+    length: float
+
+
 def new_index() -> Any:
     """An IndexFlatL2 without vectors."""
     return faiss.IndexFlatL2(DIMENSION)
 
 
-def read_index(path: Path) -> Any:
-    """The index in `path`: an IndexFlatL2 of our dimension, its vectors not yet checked."""
+def read_index(path: Path) -> tuple[Any, WrongLength | None]:
+    """The index in `path`, an IndexFlatL2 of our dimension, and its first vector that is not of length 1."""
     with path.open("rb"):
         pass  # faiss tells a file that may not be read from a damaged one only by its text
     try:
@@ -61,7 +68,7 @@ def read_index(path: Path) -> Any:
             f"{path} holds vectors of dimension {index.d}, {DIMENSION} needed: it was made with another embedding"
             " model; embed the uploads again with text-embedding-3-small"
         )
-    return index
+    return index, _wrong_length(index)
 
 
 def write_blocks(index: Any, write: Callable[[bytes], int]) -> None:
@@ -85,10 +92,10 @@ def _refuse_kind(path: Path, index: Any) -> None:
         )
 
 
-def refuse_wrong_length(path: Path, index: Any, docstore_ids: list[str]) -> None:
+def _wrong_length(index: Any) -> WrongLength | None:
     """In slices: the squares of the whole matrix would be a second copy of it."""
     if not index.ntotal:
-        return
+        return None
     matrix = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d)
     for start in range(0, len(matrix), SLICE):
         rows = matrix[start : start + SLICE]
@@ -96,12 +103,18 @@ def refuse_wrong_length(path: Path, index: Any, docstore_ids: list[str]) -> None
         # Negated, so that NaN is refused too.
         bad = np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
         if bad.size:
-            position = start + int(bad[0])
-            raise NotUnitVectorError(
-                f"{path}: the vector at position {position} (docstore id {docstore_ids[position]!r}) has length"
-                f" {lengths[bad[0]]:.4g}, 1 needed: another model made it, or the file is damaged; restore both files"
-                " from one backup, or embed that upload again"
-            )
+            return WrongLength(start + int(bad[0]), float(lengths[bad[0]]))
+    return None
+
+
+def refuse_wrong_length(path: Path, wrong: WrongLength | None, docstore_ids: list[str]) -> None:
+    """NotUnitVectorError that names the chunk."""
+    if wrong is not None:
+        raise NotUnitVectorError(
+            f"{path}: the vector at position {wrong.position} (docstore id {docstore_ids[wrong.position]!r}) has length"
+            f" {wrong.length:.4g}, 1 needed: another model made it, or the file is damaged; restore both files"
+            " from one backup, or embed that upload again"
+        )
 
 
 class Vectors:

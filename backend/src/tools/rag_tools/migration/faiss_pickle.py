@@ -119,28 +119,36 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def read_pickle(path: Path, total: int) -> PickledChunks:
-    """The chunks of an index of `total` vectors, in the order of their positions.
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What index.pkl holds, before it is held against index.faiss."""
 
-    Raises HostilePickleError, DamagedPickleError, or MismatchedPairError naming both counts.
-    """
-    documents, positions = _parts(_load(path), path)
-    docstore_ids = _in_order(positions, total, path)
-    missing = [key for key in docstore_ids if key not in documents]
-    if missing:
-        raise MismatchedPairError(
-            f"{path}: {len(missing)} of {total} chunks have no document in the docstore of {len(documents)}, the first"
-            f" is {missing[0]!r}; {_RESTORE}"
-        )
-    # Documents that no position names have no vector, so no search ever found them: left out.
-    found = [_checked(documents[key], key, path) for key in docstore_ids]
-    contents = [document.content for document in found]
-    return PickledChunks(docstore_ids, contents, [document.metadata for document in found])
+    path: Path
+    documents: dict[str, Any]
+    positions: dict[int, str]
+
+    def chunks(self, total: int) -> PickledChunks:
+        """Of an index of `total` vectors, in the order of their positions.
+
+        Raises DamagedPickleError, or MismatchedPairError naming both counts.
+        """
+        documents, path = self.documents, self.path
+        docstore_ids = _in_order(self.positions, total, path)
+        missing = [key for key in docstore_ids if key not in documents]
+        if missing:
+            raise MismatchedPairError(
+                f"{path}: {len(missing)} of {total} chunks have no document in the docstore of {len(documents)}, the"
+                f" first is {missing[0]!r}; {_RESTORE}"
+            )
+        # Documents that no position names have no vector, so no search ever found them: left out.
+        found = [_checked(documents[key], key, path) for key in docstore_ids]
+        contents = [document.content for document in found]
+        return PickledChunks(docstore_ids, contents, [document.metadata for document in found])
 
 
-def read_docstore_ids(path: Path) -> list[str]:
-    """Of every chunk in index.pkl alone. Raises HostilePickleError, DamagedPickleError."""
-    return list(_parts(_load(path), path)[1].values())
+def read_pickle(path: Path) -> Pickled:
+    """The file, without running anything that it names. Raises HostilePickleError, DamagedPickleError."""
+    return Pickled(path, *_parts(_load(path), path))
 
 
 _RESTORE = "restore index.faiss and index.pkl together from one backup"
