@@ -33,7 +33,7 @@ from src.tools.rag_tools.store import InventoryRow, vector_hash
 log = structlog.get_logger(__name__)
 
 RECORDED_DOCUMENTS = 200
-FETCH_ROWS = 2_000
+FETCH_ROWS = 500
 STREAMS = 2
 LOOKS = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pgvector.psycopg import register_vector
 from psycopg_pool import PoolTimeout
 
 from src.database import Role
+from src.tools.rag_tools import pgvector_store
 from src.tools.rag_tools.documents import Documents
 from src.tools.rag_tools.pgvector_store import (
     PgvectorStore,
@@ -244,6 +246,26 @@ def test_a_search_that_finds_every_connection_taken_waits_for_one_once(
         with pytest.raises(StoreError, match="no connection in time"):
             PgvectorStore(pool).search(BOB, vector(SECRET), 3)
         assert len(waits) == 1
+
+
+def test_who_searches_while_so_many_do_waits_and_is_refused_in_the_end(
+    store: PgvectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pgvector_store, "WAIT_SECONDS", 0.05)
+    with ExitStack() as others:
+        for _ in range(pgvector_store.SEARCHES_AT_ONCE):
+            others.enter_context(store._turn())
+        with pytest.raises(StoreError, match="others have been searching"):
+            store.search(BOB, vector(SECRET), 3)
+    assert store.search(BOB, vector(SECRET), 3)
+
+
+def test_a_search_that_fails_gives_its_turn_back(store: PgvectorStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pgvector_store, "WAIT_SECONDS", 0.05)
+    for _ in range(pgvector_store.SEARCHES_AT_ONCE + 1):
+        with pytest.raises(StoreError, match="refused the search"):
+            store.search(BOB, vector(SECRET)[:3], 3)
+    assert store.search(BOB, vector(SECRET), 3)
 
 
 def test_users_who_search_at_once_on_few_connections_each_see_their_own(database: Any, store: PgvectorStore) -> None:

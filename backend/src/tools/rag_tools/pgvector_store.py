@@ -7,6 +7,8 @@ which PostgreSQL runs as one transaction.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +38,10 @@ Pool = ConnectionPool[Connection]
 MINIMUM_PGVECTOR = (0, 8, 4)
 READ_TIMEOUT_MS = 5_000
 WRITE_TIMEOUT_MS = 30_000
+WAIT_SECONDS = 10.0
+"""For a connection, or for one's turn to search."""
+SEARCHES_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
+"""In one process; more would only take the processor from one another, and the unluckiest wait twice as long."""
 
 SCOPE = "SELECT set_config('app.user_id', %s, true), set_config('statement_timeout', %s, true)"
 # The distance is computed once a row; as part of two expressions it would be twice.
@@ -117,7 +123,7 @@ def open_pool(conninfo: str, size: int, *, name: str) -> Pool:
         name=name,
         kwargs={"autocommit": True, **({} if settings.DATABASE_PREPARE else {"prepare_threshold": None})},
         configure=_configure,
-        timeout=10.0,
+        timeout=WAIT_SECONDS,
         open=True,
     )
 
@@ -163,10 +169,11 @@ class PgvectorStore:
         self.pool = pool
         self.read_timeout_ms = read_timeout_ms
         self.giants = giants or Giants(pool)
+        self._turns = threading.Semaphore(SEARCHES_AT_ONCE)
 
     def search(self, user_id: int, vector: Vector, k: int) -> list[Hit]:
         """The k nearest of the user's own chunks, by a scan of all of them; StoreError when PostgreSQL is away."""
-        with unavailable("search"):
+        with unavailable("search"), self._turn():
             try:
                 return self._search(user_id, vector, k)
             except (psycopg.errors.QueryCanceled, PoolTimeout):
@@ -175,6 +182,15 @@ class PgvectorStore:
                 # A server that was restarted leaves dead connections in the pool; a read may be asked twice.
                 self.pool.check()
                 return self._search(user_id, vector, k)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._turns.acquire(timeout=WAIT_SECONDS):
+            raise PoolTimeout(f"{SEARCHES_AT_ONCE} others have been searching for {WAIT_SECONDS:.0f} s")
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     def _search(self, user_id: int, vector: Vector, k: int) -> list[Hit]:
         statement = SEARCH_GIANT if user_id in self.giants.ready else SEARCH
