@@ -7,6 +7,7 @@ queries (beside an own chunk) and "far" ones (beside somebody else's) differ as 
 from __future__ import annotations
 
 import random
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,10 +150,14 @@ def _vectors(documents: tuple[Document, ...], chunks: int, seed: int) -> NDArray
     chance = np.random.default_rng(seed)
     users = max(document.user_id for document in documents)
     centres = unit(chance.standard_normal((users + 1, DIMENSION), dtype=np.float32))
-    rows = np.empty((chunks, DIMENSION), np.float32)
+    # In a file without a name: of a million, the machine may take the memory back.
+    with tempfile.TemporaryFile() as file:
+        rows = np.memmap(file, np.float32, "w+", shape=(chunks, DIMENSION))
     for document in documents:
         topic = unit(chance.standard_normal(DIMENSION, dtype=np.float32))
         noise = chance.standard_normal((len(document.positions), DIMENSION), dtype=np.float32)
         spread = centres[document.user_id] + 0.8 * topic + 0.7 * unit(noise)
         rows[document.positions.start : document.positions.stop] = unit(spread)
+    # Written now, and not while something is measured.
+    rows.flush()
     return rows
