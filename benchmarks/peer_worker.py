@@ -129,7 +129,7 @@ def shadow_overhead(old_ms: float, new_ms: float, count: int) -> dict[str, list[
         return 1
 
     def new(_: Any = None) -> int:
-        time.sleep(new_ms / 1000)
+        time.sleep(new_ms / 1000)  # and the other one
         return 1
 
     def laboratory(_: Any) -> Any:

@@ -20,8 +20,6 @@ COLUMNS = (
     "causes",
     "gate",
 )
-
-
 FAULT_COLUMNS = ("cause", "chunks planted", "comparisons", "wrongly so", "what explain says mends it")
 
 

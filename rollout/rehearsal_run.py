@@ -308,6 +308,7 @@ class Rehearsal:
                     return dict(error.data["gate"])
             else:
                 raise RolloutError("the gate let a spoiled pgvector pass")
+            # Comparisons come with traffic; the gate is asked again.
             time.sleep(0.5)
 
     def _explained(self, number: int) -> dict[str, Any]:
